@@ -1,0 +1,135 @@
+"""Attention through PyTorch's FlexAttention (arXiv 2412.05496), compiled on CUDA: any pattern, forward and backward.
+
+The block mask is computed from the pattern's distance intervals, once per shape, and shared by all layers. On a CPU
+FlexAttention has no backward pass and runs uncompiled here: for checking results, not for speed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..patterns import Pattern, interval_table
+from .documents import document_starts
+
+BLOCK = 128
+"""Side of the square blocks that a block mask keeps or skips; FlexAttention's default."""
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@torch.compiler.disable  # FlexAttention is compiled by itself, once; block masks are made outside of any graph
+def run(
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    v_BTGD: Tensor,
+    pattern: Pattern,
+    *,
+    cu_doc_lens: Tensor | None,
+    scale: float,
+    head_offset: int,
+) -> Tensor:
+    """Attention under a block mask.
+
+    :raises ValueError: gradients are asked for on a CPU.
+    """
+    B, T, H, _ = q_BTHD.shape
+    on_cpu = q_BTHD.device.type == "cpu"
+    if on_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHD, k_BTGD, v_BTGD)):
+        raise ValueError("attention.impl='flex' has no backward pass on a CPU: use impl='cpu' or 'reference'")
+    mask = block_mask(pattern, B, T, H, head_offset, q_BTHD.device, cu_doc_lens)
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
+    attend: Any = flex_attention if on_cpu else _compiled()
+    out = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
+
+
+def block_mask(
+    pattern: Pattern, B: int, T: int, H: int, head_offset: int, device: torch.device, cu_doc_lens: Tensor | None = None
+) -> BlockMask:
+    """The block mask of ``H`` local heads from ``head_offset`` on; made once per shape (and per ``cu_doc_lens``)."""
+    if cu_doc_lens is None:
+        return _block_mask(pattern, T, H, head_offset, device)
+    per_batch = _document_masks.setdefault(cu_doc_lens, {})
+    key = (pattern, B, T, H, head_offset, cu_doc_lens._version)
+    if key not in per_batch:
+        per_batch[key] = _build(pattern, B, T, H, head_offset, device, document_starts(cu_doc_lens, B, T))
+    return per_batch[key]
+
+
+_document_masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Block masks by the tensor of document lengths they were made for: all layers of a step share one."""
+
+
+@functools.lru_cache(maxsize=16)
+def _block_mask(pattern: Pattern, T: int, H: int, head_offset: int, device: torch.device) -> BlockMask:
+    return _build(pattern, 1, T, H, head_offset, device, None)
+
+
+def _mask_mod(pattern: Pattern, head_offset: int, doc_start: Tensor | None) -> MaskMod:
+    """The pattern's mask for local heads, within documents."""
+
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        allowed = pattern.mask_mod(b, h + head_offset, q_idx, kv_idx)
+        return allowed if doc_start is None else allowed & (kv_idx >= doc_start[b, q_idx])
+
+    return mask_mod
+
+
+def _build(
+    pattern: Pattern, B: int, T: int, H: int, head_offset: int, device: torch.device, doc_start: Tensor | None
+) -> BlockMask:
+    mask_mod = _mask_mod(pattern, head_offset, doc_start)
+    table = interval_table(pattern)
+    if table is None:
+        return create_block_mask(mask_mod, None if doc_start is None else B, H, T, T, device=device, BLOCK_SIZE=BLOCK)
+
+    some, every = _interval_blocks(table[head_offset : head_offset + H], T, device)
+    if doc_start is not None:
+        n = some.shape[-1]
+        key_first = torch.arange(n, device=device) * BLOCK
+        row_first = torch.arange(n, device=device) * BLOCK
+        row_last = torch.clamp(row_first + BLOCK, max=T) - 1
+        # Documents start later the later the row, so a block's first and last rows bound them.
+        some = some & (key_first + BLOCK > doc_start[:, row_first, None])[:, None]
+        every = every & (key_first >= doc_start[:, row_last, None])[:, None]
+    partial_num, partial_idx = _ordered(some & ~every)
+    full_num, full_idx = _ordered(every)
+    return BlockMask.from_kv_blocks(
+        partial_num, partial_idx, full_num, full_idx, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(T, T)
+    )
+
+
+def _interval_blocks(heads: tuple, T: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which blocks hold some allowed pair, and which hold only allowed pairs: bool ``(1, H, n, n)`` each."""
+    n = -(-T // BLOCK)
+    first = torch.arange(n, device=device) * BLOCK
+    last = first + BLOCK - 1
+    # Distances in a block run from nearest to farthest; a negative distance is a pair that causality forbids.
+    nearest = (first[:, None] - last[None, :])[None]
+    farthest = (torch.clamp(last, max=T - 1)[:, None] - first[None, :])[None]
+    some = torch.zeros(len(heads), n, n, dtype=torch.bool, device=device)
+    every = torch.zeros_like(some)
+    bounds = torch.tensor(heads, device=device)
+    for interval in bounds.unbind(1):
+        lo, hi = interval[:, 0, None, None], interval[:, 1, None, None]
+        some |= (torch.maximum(nearest, lo) <= torch.minimum(farthest, hi - 1)) & (farthest >= 0) & (lo < hi)
+        every |= (nearest >= lo) & (farthest < hi) & (nearest >= 0)
+    return some[None], every[None]
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """A table of blocks as FlexAttention stores it: their number per row, and their columns, kept ones first."""
+    order = torch.argsort(blocks.to(torch.int8), dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)

@@ -1,0 +1,57 @@
+"""The definition of correct: dense attention under the pattern's mask, any pattern, any dtype, any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..patterns import Pattern
+from .documents import document_starts
+
+
+def run(
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    v_BTGD: Tensor,
+    pattern: Pattern,
+    *,
+    cu_doc_lens: Tensor | None,
+    scale: float,
+    head_offset: int,
+) -> Tensor:
+    """Attention over the whole ``(B, H, T, T)`` score matrix. O(T^2) memory: for tests and small inputs."""
+    B, T, H, _ = q_BTHD.shape
+    mask = visible(pattern, B, T, H, cu_doc_lens, head_offset, q_BTHD.device)
+    return masked_attention(q_BTHD, k_BTGD, v_BTGD, mask, scale)
+
+
+def visible(
+    pattern: Pattern, B: int, T: int, H: int, cu_doc_lens: Tensor | None, head_offset: int, device: torch.device
+) -> Tensor:
+    """The mask of ``H`` local heads from ``head_offset`` on, bool ``(1 or B, H, T, T)``, documents included."""
+    mask = pattern.dense_mask(T, device=device)[None, head_offset : head_offset + H]
+    if cu_doc_lens is not None:
+        start = document_starts(cu_doc_lens, B, T)
+        mask = mask & (torch.arange(T, device=device) >= start[:, None, :, None])
+    return mask
+
+
+def masked_attention(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Softmax attention under a mask that broadcasts to ``(B, H, T, S)``; exact zeros where a row has no key.
+
+    Scores and softmax are in the inputs' dtype, at least float32. Head ``h`` reads key/value head ``h // (H / G)``.
+    """
+    H, G = q_BTHD.shape[2], k_BSGD.shape[2]
+    exact = torch.promote_types(q_BTHD.dtype, torch.float32)
+    k, v = (x.to(exact).repeat_interleave(H // G, dim=2) for x in (k_BSGD, v_BSGD))
+    scores = torch.einsum("bthd,bshd->bhts", q_BTHD.to(exact), k) * scale
+    # The softmax of a row of -inf is NaN, and so is its gradient: such rows get finite scores, and weights of zero.
+    alive = mask.any(-1, keepdim=True)
+    scores = scores.masked_fill(~mask & alive, float("-inf"))
+    weights = torch.softmax(scores, dim=-1).masked_fill(~mask, 0.0)
+    return torch.einsum("bhts,bshd->bthd", weights, v).to(q_BTHD.dtype)
+
+
+def nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Zeros like ``q``, through which all three still get gradients (zeros): attention where no row has a key."""
+    return torch.zeros_like(q) + sum(x[:0].sum() for x in (q, k, v))

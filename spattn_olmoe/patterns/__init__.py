@@ -1,0 +1,26 @@
+"""What is attended: pure arithmetic on heads and distances. No kernels, no OLMo-core.
+
+Every module of this package registers the types it defines, so a new attention type is one new file here.
+"""
+
+import importlib
+import pkgutil
+
+from .base import MAX_INTERVALS, UNBOUNDED, Pattern, causal_pairs, interval_table
+from .registry import available_patterns, build_pattern, pattern_class, pattern_options, register_pattern
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = [
+    "MAX_INTERVALS",
+    "UNBOUNDED",
+    "Pattern",
+    "available_patterns",
+    "build_pattern",
+    "causal_pairs",
+    "interval_table",
+    "pattern_class",
+    "pattern_options",
+    "register_pattern",
+]

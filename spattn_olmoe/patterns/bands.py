@@ -1,0 +1,115 @@
+"""Balanced distance bands: SPAttention, its ablations, and the dense baseline.
+
+Source: Zhao et al., "Making Every Head Count", arXiv 2511.09596: Eq. 2-4 for the bands, Figure 2 for the ablations;
+the inclusive local window (``d <= W_h``) from the authors' released code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import UNBOUNDED, Interval, Pattern
+from .registry import register_pattern
+
+
+def band(n_heads: int, seq_len: int, h: int) -> tuple[int, int]:
+    """Start ``S_h`` and width ``W_h`` of head ``h``'s band (Eq. 2-3). Widths differ by at most one token."""
+    base, extra = divmod(seq_len, n_heads)
+    return h * base + min(h, extra), base + (h < extra)
+
+
+@dataclass(frozen=True)
+class BandedPattern(Pattern):
+    """A pattern that is made of each head's band ``[S_h, S_h + W_h)``."""
+
+    def bands(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """:func:`band` for a tensor of heads."""
+        base, extra = self.seq_len // self.n_heads, self.seq_len % self.n_heads  # torch.compile knows no divmod
+        return h * base + torch.clamp(h, max=extra), base + (h < extra).to(h.dtype)
+
+
+@register_pattern("standard")
+@dataclass(frozen=True)
+class Standard(Pattern):
+    """Dense causal attention in every head: the baseline."""
+
+    def allows(self, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (q_idx >= kv_idx) & (h >= 0)
+
+    def head_intervals(self, h: int) -> list[Interval]:
+        return [(0, UNBOUNDED)]
+
+
+@register_pattern("spattention")
+@dataclass(frozen=True)
+class SPAttention(BandedPattern):
+    """Each head attends its own distance band (Eq. 4).
+
+    :param local_sharing: every head also attends a local window of its band's width, ``d <= W_h``, as in the
+        authors' released code; this is what the paper's tables measured.
+    """
+
+    local_sharing: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.local_sharing, bool):
+            raise ValueError(f"attention.local_sharing={self.local_sharing!r}: must be true or false")
+
+    def allows(self, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        d = q_idx - kv_idx
+        start, width = self.bands(h)
+        in_band = (start <= d) & (d < start + width)
+        return in_band | (d <= width) if self.local_sharing else in_band
+
+    def head_intervals(self, h: int) -> list[Interval]:
+        start, width = band(self.n_heads, self.seq_len, h)
+        local = [(0, width + 1)] if self.local_sharing else []
+        return [*local, (start, start + width)]
+
+
+@register_pattern("eball")
+@dataclass(frozen=True)
+class ExclusiveBands(BandedPattern):
+    """EBALL (Figure 2b): SPAttention without local sharing, which is Eq. 4 to the letter."""
+
+    def allows(self, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        d = q_idx - kv_idx
+        start, width = self.bands(h)
+        return (start <= d) & (d < start + width)
+
+    def head_intervals(self, h: int) -> list[Interval]:
+        start, width = band(self.n_heads, self.seq_len, h)
+        return [(start, start + width)]
+
+
+@register_pattern("gbhalf")
+@dataclass(frozen=True)
+class GappedBands(BandedPattern):
+    """GBHALF (Figure 2c): only the first half of each band, ``W_h // 2`` distances, which leaves gaps."""
+
+    def allows(self, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        d = q_idx - kv_idx
+        start, width = self.bands(h)
+        return (start <= d) & (d < start + width // 2)
+
+    def head_intervals(self, h: int) -> list[Interval]:
+        start, width = band(self.n_heads, self.seq_len, h)
+        return [(start, start + width // 2)]
+
+
+@register_pattern("sliding_window")
+@dataclass(frozen=True)
+class SlidingWindow(BandedPattern):
+    """Sliding window (Figure 2a; "LocalOnly" in the released code): every head attends ``d <= W_h``."""
+
+    def allows(self, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        _, width = self.bands(h)
+        return q_idx - kv_idx <= width
+
+    def head_intervals(self, h: int) -> list[Interval]:
+        _, width = band(self.n_heads, self.seq_len, h)
+        return [(0, width + 1)]

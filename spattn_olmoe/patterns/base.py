@@ -1,0 +1,182 @@
+"""What every attention pattern is: a small frozen value that says which keys a query may attend.
+
+Vocabulary, used throughout the project: ``T`` length of an input, ``H`` query heads, ``i`` query position,
+``j`` key position, ``d = i - j`` their distance, ``N`` the *band length* (``seq_len``) that bands partition.
+Every pattern is causal: ``d >= 0``.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+UNBOUNDED = 2**30
+"""Upper end of an interval without one. Far above any length, and safe to add to a position in int32."""
+
+MAX_INTERVALS = 2
+"""Intervals a head may have in :attr:`Pattern.intervals`; what the kernels are written for."""
+
+_QUERY_CHUNK = 1024  # rows of a dense mask looked at together when a pattern has no closed form
+
+Interval = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Pattern(ABC):
+    """One attention type at one number of heads and one band length.
+
+    Hashable, picklable, printable; rebuilt with ``build_pattern(**pattern.to_config())``. A subclass states
+    :meth:`allows` and, where its mask is at most two distance intervals a head, :meth:`head_intervals`, which is
+    what makes it fast.
+
+    :param n_heads: query heads ``H`` of the whole model, not of one rank.
+    :param seq_len: band length ``N``: the length that bands partition and that window sizes derive from.
+    :param band_length: ``"train"``: ``N`` stays what it was in training, whatever the input's length.
+        ``"input"``: ``N`` is the input's length, as the paper's released code does it in evaluation.
+    """
+
+    n_heads: int
+    seq_len: int
+    band_length: str = "train"
+
+    name: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for key in ("n_heads", "seq_len"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"attention.{key}={value!r}: must be a whole number of at least 1")
+        if self.band_length not in ("train", "input"):
+            raise ValueError(f"attention.band_length={self.band_length!r}: must be 'train' or 'input'")
+
+    # ---- what a subclass states ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def allows(self, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """Whether query ``q_idx`` may attend key ``kv_idx`` in global head ``h``, causality aside (it is added).
+
+        Integer tensors that broadcast, in; a bool tensor out. Must be traceable: no branches on tensor values.
+        """
+
+    def head_intervals(self, h: int) -> list[Interval] | None:
+        """The distances that head ``h`` attends as half-open intervals, or None where they are not at most two."""
+        return None
+
+    # ---- what follows from it --------------------------------------------------------------------------------
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of this type, by name, without heads and length."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("n_heads", "seq_len")}
+
+    def to_config(self) -> dict[str, Any]:
+        """Keyword arguments with which ``build_pattern`` makes an equal pattern."""
+        return {"name": self.name, "n_heads": self.n_heads, "seq_len": self.seq_len, **self.options}
+
+    def at_length(self, T: int) -> Pattern:
+        """The pattern that applies to ``T`` tokens: itself, or rebuilt for ``T`` with ``band_length="input"``."""
+        if self.band_length == "train" or T == self.seq_len:
+            return self
+        return replace(self, seq_len=T)
+
+    def mask_mod(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """The mask in FlexAttention's convention; ``h`` is the global query head. Returns a bool tensor."""
+        return (q_idx >= kv_idx) & self.allows(h, q_idx, kv_idx)
+
+    def dense_mask(self, T: int | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """The whole mask, bool ``(H, T, T)``: ``[h, i, j]`` is True where query ``i`` attends key ``j``."""
+        T = self.seq_len if T is None else T
+        return self.mask_rows(0, T, T, device=device)
+
+    def mask_rows(self, start: int, stop: int, T: int, device: torch.device | str = "cpu") -> Tensor:
+        """Rows ``start..stop`` of :meth:`dense_mask` at length ``T``, bool ``(H, stop - start, T)``."""
+        h = torch.arange(self.n_heads, device=device)[:, None, None]
+        i = torch.arange(start, stop, device=device)[None, :, None]
+        j = torch.arange(T, device=device)[None, None, :]
+        mask = self.at_length(T).mask_mod(torch.zeros_like(h), h, i, j)
+        return mask.expand(self.n_heads, stop - start, T)
+
+    @property
+    def intervals(self) -> Tensor | None:
+        """Distance intervals, int ``(H, 2, 2)``: half-open ``[lo, hi)``, disjoint, ascending, empty as ``[0, 0)``.
+
+        None where the mask is not at most two intervals of distance per head.
+        """
+        table = interval_table(self)
+        return None if table is None else torch.tensor(table, dtype=torch.int32)
+
+    def attended_pairs(self, T: int | None = None) -> int:
+        """Exact number of (query, key) pairs over all heads for an input of ``T`` tokens (default ``N``).
+
+        O(H) for interval patterns. FLOPs and sparsity are computed from it.
+        """
+        T = self.seq_len if T is None else T
+        pattern = self.at_length(T)
+        table = interval_table(pattern)
+        if table is None:
+            return pattern._count_pairs(T)
+        return sum(_pairs_in(lo, hi, T) for head in table for lo, hi in head)
+
+    def dead_rows(self, T: int | None = None) -> int:
+        """Number of (head, query) rows that have no key at all, of ``H * T``. Their output is zero."""
+        T = self.seq_len if T is None else T
+        pattern = self.at_length(T)
+        table = interval_table(pattern)
+        if table is None:
+            chunks = ((s, min(s + _QUERY_CHUNK, T)) for s in range(0, T, _QUERY_CHUNK))
+            return sum(int((~pattern.mask_rows(s, e, T).any(-1)).sum()) for s, e in chunks)
+        nearest = (min((lo for lo, hi in head if hi > lo), default=T) for head in table)
+        return sum(min(lo, T) for lo in nearest)
+
+    def _count_pairs(self, T: int) -> int:
+        """Pairs at length ``T`` where there are no intervals: counted row by row unless a subclass has a formula."""
+        chunks = ((s, min(s + _QUERY_CHUNK, T)) for s in range(0, T, _QUERY_CHUNK))
+        return sum(int(self.mask_rows(s, e, T).sum()) for s, e in chunks)
+
+
+def causal_pairs(T: int) -> int:
+    """(query, key) pairs of one dense causal head: ``T (T + 1) / 2``."""
+    return T * (T + 1) // 2
+
+
+def _pairs_in(lo: int, hi: int, T: int) -> int:
+    """Pairs of one head whose distance lies in ``[lo, hi)``: a distance ``d`` occurs ``T - d`` times."""
+    lo, hi = min(lo, T), min(hi, T)
+    return causal_pairs(T - lo) - causal_pairs(T - hi)
+
+
+@functools.lru_cache(maxsize=512)
+def interval_table(pattern: Pattern) -> tuple[tuple[Interval, Interval], ...] | None:
+    """:attr:`Pattern.intervals` as Python ints, cached: per head two disjoint ascending intervals, or None."""
+    rows = []
+    for h in range(pattern.n_heads):
+        intervals = pattern.head_intervals(h)
+        if intervals is None:
+            return None
+        merged = merge_intervals(intervals)
+        if len(merged) > MAX_INTERVALS:
+            raise ValueError(
+                f"{pattern.name}: head {h} has {len(merged)} distance intervals, more than {MAX_INTERVALS}: "
+                "return None from head_intervals and let the mask speak"
+            )
+        padded = (merged + [(0, 0)] * MAX_INTERVALS)[:MAX_INTERVALS]
+        rows.append((padded[0], padded[1]))
+    return tuple(rows)
+
+
+def merge_intervals(intervals: list[Interval]) -> list[Interval]:
+    """The same distances as disjoint, non-adjacent, ascending, non-empty intervals."""
+    merged: list[Interval] = []
+    for lo, hi in sorted((max(lo, 0), hi) for lo, hi in intervals):
+        if hi <= lo:
+            continue
+        if merged and lo <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(hi, merged[-1][1]))
+        else:
+            merged.append((lo, hi))
+    return merged

@@ -1,0 +1,94 @@
+"""Attention types by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from .base import Pattern
+
+_REGISTRY: dict[str, type[Pattern]] = {}
+
+P = TypeVar("P", bound=type[Pattern])
+
+
+def register_pattern(name: str) -> Callable[[P], P]:
+    """Class decorator: make a frozen dataclass derived from :class:`Pattern` known as ``attention.type: name``."""
+
+    def register(cls: P) -> P:
+        known = _REGISTRY.get(name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"attention type {name!r} is already taken by {known.__module__}.{known.__qualname__}")
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def available_patterns() -> tuple[str, ...]:
+    """The names that :func:`build_pattern` takes, sorted."""
+    return tuple(sorted(_REGISTRY))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the known word nearest to this one, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def pattern_class(name: str) -> type[Pattern]:
+    """The class of an attention type.
+
+    ``name`` is a registered name, or ``module.name`` for a type that lives outside this package: ``module`` is
+    imported, which registers it.
+
+    :raises ValueError: no such type; the message names the nearest one.
+    """
+    if name not in _REGISTRY and "." in name:
+        module, _, short = name.rpartition(".")
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"attention.type={name!r}: cannot import {module!r} ({error})") from error
+        name = short
+    if name not in _REGISTRY:
+        hint = nearest(name, _REGISTRY)
+        raise ValueError(
+            f"attention.type={name!r} is not an attention type{hint} (known: {', '.join(available_patterns())})"
+        )
+    return _REGISTRY[name]
+
+
+def pattern_options(name: str) -> dict[str, Any]:
+    """The options that a type reads, with their defaults (``n_heads`` and ``seq_len`` aside)."""
+    fields = dataclasses.fields(pattern_class(name))
+    return {f.name: f.default for f in fields if f.name not in ("n_heads", "seq_len")}
+
+
+def build_pattern(name: str, n_heads: int, seq_len: int, **options: Any) -> Pattern:
+    """Build the pattern of an attention type.
+
+    :param name: one of :func:`available_patterns`, or ``module.name`` (see :func:`pattern_class`).
+    :param n_heads: query heads ``H`` of the model.
+    :param seq_len: band length ``N``, normally the sequence length of training.
+    :param options: the type's own options, and ``band_length``.
+    :raises ValueError: unknown name or option, or more heads than tokens.
+    """
+    cls = pattern_class(name)
+    known = pattern_options(name)
+    for key in options:
+        if key not in known:
+            raise ValueError(
+                f"attention.{key} is not an option of type {name!r}{nearest(key, known)} (it reads: {', '.join(known)})"
+            )
+    pattern = cls(n_heads=n_heads, seq_len=seq_len, **options)
+    if n_heads > seq_len:
+        raise ValueError(
+            f"n_heads={n_heads} is more than the band length seq_len={seq_len}: "
+            "some heads would have no distance to attend; use fewer heads or a longer sequence"
+        )
+    return pattern
