@@ -116,11 +116,7 @@ class Pattern(ABC):
         O(H) for interval patterns. FLOPs and sparsity are computed from it.
         """
         T = self.seq_len if T is None else T
-        pattern = self.at_length(T)
-        table = interval_table(pattern)
-        if table is None:
-            return pattern._count_pairs(T)
-        return sum(_pairs_in(lo, hi, T) for head in table for lo, hi in head)
+        return _attended_pairs(self.at_length(T), T)
 
     def dead_rows(self, T: int | None = None) -> int:
         """Number of (head, query) rows that have no key at all, of ``H * T``. Their output is zero."""
@@ -137,6 +133,14 @@ class Pattern(ABC):
         """Pairs at length ``T`` where there are no intervals: counted row by row unless a subclass has a formula."""
         chunks = ((s, min(s + _QUERY_CHUNK, T)) for s in range(0, T, _QUERY_CHUNK))
         return sum(int(self.mask_rows(s, e, T).sum()) for s, e in chunks)
+
+
+@functools.lru_cache(maxsize=512)  # asked for at every layer of every step, to count FLOPs
+def _attended_pairs(pattern: Pattern, T: int) -> int:
+    table = interval_table(pattern)
+    if table is None:
+        return pattern._count_pairs(T)
+    return sum(_pairs_in(lo, hi, T) for head in table for lo, hi in head)
 
 
 def causal_pairs(T: int) -> int:

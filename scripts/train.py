@@ -1,0 +1,43 @@
+"""Train an OLMoE with an attention type, or resume its training.
+
+torchrun scripts/train.py --config configs/1b7b_spattn.yaml [key=value ...]
+torchrun scripts/train.py --config configs/1b7b_spattn.yaml --dry-run
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from spattn_olmoe.cli import user_errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a YAML file, see configs/")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its cost; start nothing")
+    parser.add_argument(
+        "--verify-data", action="store_true", help="compare the data's hashes with the manifest's first"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example attention.type=eball")
+    args = parser.parse_intermixed_args()
+    with user_errors():
+        from olmo_core.train import teardown_training_environment
+
+        from spattn_olmoe.olmo import load_experiment
+        from spattn_olmoe.olmo.experiment import check, prepare
+        from spattn_olmoe.olmo.report import dry_run
+
+        config = load_experiment(args.config, args.overrides)
+        if args.dry_run:
+            check(config)
+            dry_run(config)
+            return
+        trainer = prepare(config, verify_data=args.verify_data)
+    try:
+        trainer.fit()  # what fails from here on is no slip of the user's: it keeps its traceback
+    finally:
+        teardown_training_environment()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""From a config to a run: check what can be checked before it costs anything, build, resume or start, train."""
+
+from __future__ import annotations
+
+import glob
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from olmo_core.distributed.parallel import DataParallelType
+from olmo_core.distributed.utils import broadcast_object, get_rank, get_world_size
+from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.io import is_url
+from olmo_core.train import LoadStrategy, Trainer, prepare_training_environment
+from olmo_core.train.callbacks import ConfigSaverCallback, ConsoleLoggerCallback, SpeedMonitorCallback
+from olmo_core.utils import seed_all
+
+from .callbacks import AttentionFingerprint, MetricsFile, Progress, Throughput
+from .config import ExperimentConfig
+from .fingerprint import Fingerprint, check_checkpoint
+from .remedies import apply_remedies
+
+log = logging.getLogger(__name__)
+
+
+def prepare(config: ExperimentConfig, *, verify_data: bool = False) -> Trainer:
+    """Everything up to the first step. Call it once per process; then ``trainer.fit()`` trains, or goes on training.
+
+    :param verify_data: also compare the data's hashes with the manifest's, which reads all of it.
+    :raises OLMoConfigurationError: the config, the data or the checkpoint does not fit; nothing has been written then.
+    """
+    check(config)
+    apply_remedies()
+    prepare_training_environment(
+        seed=config.init_seed, backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    )
+    check_layout(config, get_world_size())
+    check_data(config, hashes=verify_data)
+    check_resume(config)
+    return build_trainer(config)
+
+
+def build_trainer(config: ExperimentConfig) -> Trainer:
+    """The trainer of a run, with everything attached. The process group must exist."""
+    seed_all(config.init_seed)
+    model_config = config.model_with_attention()
+    model = model_config.build(init_device="meta")
+    train_module = config.train_module.build(model)
+    dataset = config.dataset.build()
+    data_loader = config.data_loader.build(dataset, dp_process_group=train_module.dp_process_group)
+    trainer_config = config.trainer.copy()
+    for name, callback in {
+        "console_logger": Progress(metrics_log_interval=trainer_config.metrics_collect_interval),
+        "speed_monitor": Throughput(),
+        "metrics_file": MetricsFile(),
+        "config_saver": ConfigSaverCallback(),
+    }.items():
+        if not _has(trainer_config.callbacks.values(), type(callback)):
+            trainer_config.callbacks.setdefault(name, callback)
+    trainer_config.callbacks["attention_fingerprint"] = AttentionFingerprint(
+        text=Fingerprint.of(model_config).to_json()
+    )
+    trainer = trainer_config.build(train_module, data_loader)
+    saver = next(c for c in trainer.callbacks.values() if isinstance(c, ConfigSaverCallback))
+    saver.config = config.replace(model=model_config).as_config_dict()
+    return trainer
+
+
+def _has(callbacks: Any, kind: type) -> bool:
+    """Whether a callback of a kind is configured: our own classes stand in for OLMo-core's, and the other way round."""
+    bases = (ConsoleLoggerCallback, SpeedMonitorCallback)
+    wanted = next((base for base in bases if issubclass(kind, base)), kind)
+    return any(isinstance(callback, wanted) for callback in callbacks)
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check(config: ExperimentConfig) -> None:
+    """Raise an OLMoConfigurationError for what can be seen from the config alone, on any machine."""
+    config.model_with_attention()
+    T, module = config.sequence_length, config.train_module
+    if module.max_sequence_length < T:
+        raise OLMoConfigurationError(
+            f"train_module.max_sequence_length={module.max_sequence_length} is less than dataset.sequence_length={T}: raise it"
+        )
+    if module.rank_microbatch_size % T:
+        raise OLMoConfigurationError(
+            f"train_module.rank_microbatch_size={module.rank_microbatch_size} (tokens) must be a multiple of "
+            f"dataset.sequence_length={T}"
+        )
+    if config.data_loader.global_batch_size % T:
+        raise OLMoConfigurationError(
+            f"data_loader.global_batch_size={config.data_loader.global_batch_size} (tokens) must be a multiple of "
+            f"dataset.sequence_length={T}"
+        )
+    vocabulary = config.dataset.tokenizer.vocab_size
+    if vocabulary > config.model.vocab_size:
+        raise OLMoConfigurationError(
+            f"dataset.tokenizer.vocab_size={vocabulary} is more than model.vocab_size={config.model.vocab_size}: "
+            f"set model.vocab_size to at least {config.dataset.tokenizer.padded_vocab_size()}"
+        )
+
+
+def check_layout(config: ExperimentConfig, world_size: int) -> None:
+    """Raise unless the parallel layout fits a number of ranks."""
+    module, T = config.train_module, config.sequence_length
+    degree = 1
+    for name in ("tp_config", "cp_config", "pp_config"):
+        part = getattr(module, name)
+        if part is None:
+            continue
+        if part.degree < 1 or world_size % (degree * part.degree):
+            raise OLMoConfigurationError(
+                f"train_module.{name}.degree={part.degree} does not divide the {world_size // degree} ranks there are for it: "
+                f"start a multiple of {degree * part.degree} ranks or lower the degree"
+            )
+        degree *= part.degree
+    parallel = degree > 1 or module.ep_config is not None
+    if world_size > 1 and module.dp_config is None:
+        raise OLMoConfigurationError(
+            f"train_module.dp_config is not set but {world_size} ranks were started: each would train a model of its own; "
+            "set train_module.dp_config.name=fsdp"
+        )
+    dp = module.dp_config
+    if dp is not None and dp.name == DataParallelType.ddp and module.tp_config is not None:
+        raise OLMoConfigurationError(
+            "train_module.dp_config.name=ddp with tp_config trains nothing in OLMo-core 3.0.0 (the gradient norm is 0): use fsdp"
+        )
+    if parallel and dp is None:
+        raise OLMoConfigurationError(
+            "train_module.dp_config must be set with any other parallelism: set its name to fsdp"
+        )
+    ranks = world_size // degree
+    if config.data_loader.global_batch_size % (ranks * T):
+        raise OLMoConfigurationError(
+            f"data_loader.global_batch_size={config.data_loader.global_batch_size} (tokens) must be a multiple of "
+            f"{ranks} data-parallel ranks x {T} tokens = {ranks * T}"
+        )
+    per_rank = config.data_loader.global_batch_size // ranks
+    if per_rank % module.rank_microbatch_size:
+        raise OLMoConfigurationError(
+            f"train_module.rank_microbatch_size={module.rank_microbatch_size} (tokens) must divide the {per_rank} tokens "
+            f"that each of {ranks} data-parallel ranks takes of a batch; set it to {per_rank} or a divisor"
+        )
+
+
+def data_files(config: ExperimentConfig) -> list[str]:
+    """The data files of a run, patterns expanded.
+
+    :raises OLMoConfigurationError: there are none.
+    """
+    paths = config.dataset.paths
+    if not paths:
+        if config.dataset.mix is not None or getattr(config.dataset, "source_mixture_config", None) is not None:
+            return []
+        raise OLMoConfigurationError(
+            "dataset.paths is not set: name the token shards, such as dataset.paths=[data/dclm/train-*.npy]; "
+            "scripts/prepare_data.py makes them"
+        )
+    files: list[str] = []
+    for path in paths:
+        if is_url(path):
+            files.append(path)
+            continue
+        found = sorted(glob.glob(path)) if config.dataset.expand_glob else [path] if Path(path).is_file() else []
+        if not found:
+            raise OLMoConfigurationError(
+                f"dataset.paths: {path} does not exist; scripts/prepare_data.py makes token shards"
+            )
+        files += found
+    return files
+
+
+def check_data(config: ExperimentConfig, *, hashes: bool = False) -> None:
+    """Raise unless the data are there and are what the config says."""
+    from ..data import verify
+
+    files = data_files(config)
+    for folder in sorted({Path(f).parent for f in files if not is_url(f)}):
+        verify(
+            folder,
+            vocab_size=config.model.vocab_size,
+            eos_token_id=config.dataset.tokenizer.eos_token_id,
+            dtype=str(config.dataset.get_dtype().__name__),
+            sequence_length=config.sequence_length,
+            hashes=hashes and get_rank() == 0,
+        )
+
+
+def check_resume(config: ExperimentConfig) -> None:
+    """Raise unless the checkpoint that this run would load has this config's attention and shape."""
+    error = changed = None
+    if get_rank() == 0:
+        try:
+            found = checkpoint_to_load(config)
+            if found is not None:
+                changed = check_checkpoint(
+                    found, config.model_with_attention(), allow_attention_change=config.allow_attention_change
+                )
+        except OLMoConfigurationError as raised:
+            error = str(raised)
+    error, changed = broadcast_object((error, changed))
+    if error is not None:
+        raise OLMoConfigurationError(error)
+    if changed is not None:
+        log.warning("allow_attention_change=true: %s", changed)
+
+
+def checkpoint_to_load(config: ExperimentConfig) -> str | None:
+    """The checkpoint that the trainer would load: the latest of the save folder, else of ``trainer.load_path``."""
+    from olmo_core.train import Checkpointer
+
+    trainer = config.trainer
+    if trainer.no_checkpoints or trainer.load_strategy == LoadStrategy.never:
+        return None
+    for folder in (trainer.save_folder, trainer.load_path):
+        if folder is None:
+            continue
+        if Checkpointer.dir_is_checkpoint(folder):
+            return str(folder)
+        try:
+            return Checkpointer.latest_checkpoint(folder)
+        except FileNotFoundError:
+            continue
+    return None

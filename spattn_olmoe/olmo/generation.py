@@ -1,0 +1,85 @@
+"""Text from a checkpoint, through OLMo-core's generation and its KV cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.generate.generation_module import GenerationConfig, TransformerGenerationModule
+from olmo_core.train import Checkpointer
+from tokenizers import Tokenizer
+
+from .remedies import apply_remedies
+
+
+def resolve_checkpoint(folder: str | Path) -> str:
+    """A checkpoint folder itself, or the newest complete checkpoint of a run's folder.
+
+    :raises OLMoConfigurationError: there is none.
+    """
+    if Checkpointer.dir_is_checkpoint(folder):
+        return str(folder)
+    try:
+        return Checkpointer.latest_checkpoint(folder)
+    except FileNotFoundError:
+        raise OLMoConfigurationError(
+            f"--checkpoint {folder}: neither a complete checkpoint nor a folder of checkpoints (stepN/)"
+        ) from None
+
+
+def read_checkpoint_config(checkpoint: str | Path) -> dict[str, Any]:
+    """The experiment config that a checkpoint carries."""
+    path = Path(checkpoint) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise OLMoConfigurationError(f"{path} is missing: the checkpoint does not say what model it is") from None
+
+
+def load_tokenizer(identifier: str) -> Tokenizer:
+    """The tokenizer of a config: a file, or a name on the Hugging Face hub."""
+    from ..data import load_tokenizer as load
+
+    return load(identifier)
+
+
+def load_generator(checkpoint: str, device: torch.device | None = None) -> TransformerGenerationModule:
+    """A generation module with a checkpoint's weights; model, attention and token ids come from its ``config.json``."""
+    apply_remedies()
+    tokenizer = read_checkpoint_config(checkpoint)["dataset"]["tokenizer"]
+    return TransformerGenerationModule.from_checkpoint(
+        checkpoint,
+        generation_config=GenerationConfig(
+            pad_token_id=tokenizer["pad_token_id"], eos_token_id=tokenizer["eos_token_id"]
+        ),
+        device=device,
+    )
+
+
+def generate(
+    checkpoint: str, prompt: str, *, max_new_tokens: int, temperature: float, seed: int, use_cache: bool = True
+) -> str:
+    """Continue a prompt.
+
+    :param temperature: 0 takes the likeliest token each time; otherwise tokens are drawn, from ``seed``.
+    """
+    config = read_checkpoint_config(checkpoint)
+    tokenizer = load_tokenizer(config["dataset"]["tokenizer"]["identifier"])
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    if not ids:
+        raise OLMoConfigurationError("--prompt is empty: give at least one character")
+    module = load_generator(checkpoint)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        tokens, _, _ = module.generate_batch(
+            torch.tensor([ids]),
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            temperature=temperature,
+            use_cache=use_cache,
+            log_timing=False,
+        )
+    return tokenizer.decode(tokens[0].tolist())

@@ -1,0 +1,22 @@
+"""What OLMo-core 3.0.0 gets wrong for these models, and what is put right: one module each, all applied at once.
+
+Every remedy says what is wrong without it, and refuses to touch another release. A test per remedy fails as soon as
+OLMo-core no longer needs it.
+"""
+
+from . import cpu_moe, expert_gradients, grouped_gemm, router_gradients
+from .release import TESTED_RELEASE
+
+_REMEDIES = (cpu_moe, grouped_gemm, expert_gradients, router_gradients)
+
+
+def apply_remedies() -> None:
+    """Apply every remedy; doing it again changes nothing.
+
+    :raises OLMoConfigurationError: OLMo-core is not the release they were written against.
+    """
+    for remedy in _REMEDIES:
+        remedy.apply()
+
+
+__all__ = ["TESTED_RELEASE", "apply_remedies"]
