@@ -1,0 +1,51 @@
+"""Turn text into token shards: python scripts/prepare_data.py --config configs/data/quickstart.yaml [key=value ...]
+
+Run the same command again to go on after any interruption. On several machines give each its --part i/n, then run once
+more with --merge.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+
+from rich.console import Console
+
+from spattn_olmoe.data import DataError, load_config, prepare
+from spattn_olmoe.data.parts import merge
+from spattn_olmoe.data.summary import fail, progress_bar, summary_table, warnings
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a YAML file, see configs/data/")
+    parser.add_argument("--part", metavar="i/n", help="prepare only this part, counted from 0 (same as part=i/n)")
+    parser.add_argument("--merge", action="store_true", help="write one manifest over all finished parts")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="e.g. output=/data/dclm sources[0].field=content"
+    )
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    console = Console(stderr=True)
+    try:
+        config = load_config(args.config, [*args.overrides, *([f"part={args.part}"] if args.part else [])])
+        if args.merge:
+            manifest = merge(config.output)
+        else:
+            with progress_bar(console) as report:
+                manifest = prepare(config, report)
+    except DataError as error:
+        return fail(str(error))
+    except KeyboardInterrupt:
+        return fail("stopped; run the same command again to go on")
+    console.print(summary_table(manifest))
+    for warning in warnings(manifest):
+        console.print(f"warning: {warning}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""Files that survive a crash: written aside, synced, renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that after any crash it is either the old one or the new one, whole."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new files in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def hash_file(path: Path, n_bytes: int | None = None) -> hashlib._Hash:
+    """SHA-256 of a file, or of its first ``n_bytes``; more can be added to it."""
+    digest = hashlib.sha256()
+    left = path.stat().st_size if n_bytes is None else n_bytes
+    with open(path, "rb") as file:
+        while left:
+            data = file.read(min(left, 1 << 22))
+            if not data:
+                raise OSError(f"{path} is {left} bytes shorter than recorded")
+            digest.update(data)
+            left -= len(data)
+    return digest

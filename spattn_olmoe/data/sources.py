@@ -1,0 +1,199 @@
+"""Where chunks come from: local files by glob, or a hub dataset streamed with ``datasets``."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import itertools
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import zstandard
+
+from .chunks import BrokenFileError, Chunk, Position
+from .config import SourceConfig
+from .errors import DataError
+from .readers import cells, file_kind, group_rows, read_file
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source."""
+
+    name: str
+    """The same on every machine: relative to the folder that all of the source's local files share."""
+    size: int | None
+    """Bytes; None where the hub did not say."""
+
+
+class Source(Protocol):
+    """Files in a fixed order, read chunk by chunk."""
+
+    files: list[SourceFile]
+    origin: dict[str, Any]
+    """Where the files are from, for the manifest."""
+
+    def read(self, index: int, start: Position) -> Iterator[Chunk]:
+        """The chunks of one file from ``start`` on.
+
+        :raises DataError: the file is gone, or the network is.
+        """
+        ...
+
+
+def open_source(config: SourceConfig, index: int, *, max_document_bytes: int) -> Source:
+    """:raises DataError: nothing to read, or no permission to."""
+    if config.hub:
+        return HubSource(config, index)
+    return LocalSource(config, index, max_document_bytes=max_document_bytes)
+
+
+def reading_order(files: list[SourceFile], seed: int | None, part: int, n_parts: int) -> list[int]:
+    """The indices of this part's files, in the order to read them.
+
+    :param seed: orders the files by a hash of it and their names; None keeps their own order.
+    """
+    order = list(range(len(files)))
+    by_hash = sorted(order, key=lambda i: hashlib.sha256(f"{seed or 0}\0{files[i].name}".encode()).digest())
+    mine = set(by_hash[part::n_parts])
+    return [i for i in (order if seed is None else by_hash) if i in mine]
+
+
+class LocalSource:
+    """Local files by glob, sorted by path."""
+
+    def __init__(self, config: SourceConfig, index: int, *, max_document_bytes: int):
+        self._options = {
+            "field": config.field,
+            "separator": config.separator,
+            "max_document_bytes": max_document_bytes,
+        }
+        self._paths = _expand(config.paths, f"sources[{index}].paths")
+        shared = os.path.commonpath([path.parent for path in self._paths])
+        self.files = [SourceFile(os.path.relpath(path, shared), path.stat().st_size) for path in self._paths]
+        self.origin = {"paths": list(config.paths)}
+
+    def read(self, index: int, start: Position) -> Iterator[Chunk]:
+        path = self._paths[index]
+        try:
+            yield from read_file(path, self.files[index].name, start, **self._options)  # type: ignore[arg-type]
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror or error}; mend it and run the same command again") from error
+
+
+def _expand(patterns: list[str], key: str) -> list[Path]:
+    found: set[Path] = set()
+    for pattern in patterns:
+        matches = [Path(m) for m in glob.glob(os.path.expanduser(pattern), recursive=True)]
+        files = {path.absolute() for path in matches if not path.is_dir()}
+        if not files:
+            raise DataError(f"{key}: no file matches {pattern!r}")
+        found |= files
+    for path in sorted(found):
+        if file_kind(path) is None:
+            raise DataError(f"{key}: {path}: unknown kind; known are .jsonl, .txt (also with .gz, .zst) and .parquet")
+        if not os.access(path, os.R_OK):
+            raise DataError(f"{key}: {path}: no permission to read it")
+    return sorted(found)
+
+
+class HubSource:
+    """A hub dataset, streamed: each of its files is one shard of ``datasets``' iterable dataset.
+
+    ``datasets`` parses the files, so a malformed line ends its file: the rest of it is one entry of the rejects.
+    """
+
+    def __init__(self, config: SourceConfig, index: int):
+        import datasets
+
+        self._field = config.field
+        self._what = f"sources[{index}].hub={config.hub!r}"
+        try:
+            builder = datasets.load_dataset_builder(
+                config.hub, config.name, data_files=config.data_files or None, revision=config.revision
+            )
+            names = (builder.config.data_files or {}).get(config.split)
+            if names is None:
+                known = ", ".join(map(str, builder.config.data_files or {}))
+                raise DataError(f"sources[{index}].split={config.split!r}: {config.hub} has {known}")
+            self._stream = builder.as_streaming_dataset(split=config.split)
+        except DataError:
+            raise
+        except Exception as error:  # datasets, huggingface_hub and their HTTP clients each raise kinds of their own
+            raise self._unreachable(error) from error
+        if self._stream.num_shards != len(names):
+            raise DataError(
+                f"{self._what}: {len(names)} files but {self._stream.num_shards} shards: cannot resume in it"
+            )
+        local = Path(str(config.hub)).is_dir()
+        self._names = [str(name) for name in names]
+        shared = os.path.commonpath([os.path.dirname(name) for name in self._names]) if local else ""
+        self.files = [
+            SourceFile(os.path.relpath(name, shared) if local else name, os.path.getsize(name) if local else None)
+            for name in self._names
+        ]
+        self.origin = {
+            "hub": config.hub,
+            "name": config.name,
+            "split": config.split,
+            "data_files": list(config.data_files),
+            "revision": None if local else _revision(self._names, config.revision),
+        }
+
+    def read(self, index: int, start: Position) -> Iterator[Chunk]:
+        return group_rows(self._rows(index, start.offset), self.files[index].name, start)
+
+    def _rows(self, index: int, start: int) -> Iterator[tuple[bytes | None, float]]:
+        one_file = self._stream.shard(num_shards=len(self.files), index=index)
+        row = 0
+        batches = one_file.with_format("arrow").iter(batch_size=256)
+        while True:
+            try:
+                table = next(batches)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise self._sorted_out(error) from error
+            for cell in self._cells(table):
+                row += 1
+                if row > start:
+                    yield cell, 0.0
+
+    def _cells(self, table: pa.Table) -> list[bytes | None]:
+        if self._field not in table.column_names:
+            raise BrokenFileError(f"no column {self._field!r} (has {', '.join(table.column_names)})")
+        return cells(table.column(self._field), self._field)
+
+    def _sorted_out(self, error: Exception) -> Exception:
+        """A file that will never read any better is a reject; anything else (the network above all) stops the run."""
+        for cause in _causes(error):
+            if isinstance(cause, (pa.ArrowException, UnicodeDecodeError, EOFError, zlib.error, zstandard.ZstdError)):
+                return BrokenFileError(f"unreadable: {' '.join(str(cause).split())}")
+            if isinstance(cause, gzip.BadGzipFile):
+                return BrokenFileError(f"corrupt gzip archive: {cause}")
+        return self._unreachable(error)
+
+    def _unreachable(self, error: Exception) -> DataError:
+        reason = next(itertools.islice(str(error).splitlines(), 1), "")
+        return DataError(
+            f"{self._what}: {type(error).__name__}: {reason}; check the name, the revision and the network, "
+            "then run the same command again"
+        )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _revision(names: list[str], asked: str | None) -> str | None:
+    """The commit in ``hf://datasets/owner/name@commit/file``."""
+    found = {name.split("@", 1)[1].split("/", 1)[0] for name in names if "@" in name}
+    return found.pop() if len(found) == 1 else asked

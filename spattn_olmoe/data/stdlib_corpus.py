@@ -1,0 +1,137 @@
+"""A corpus that every CPython has on board: python -m spattn_olmoe.data.stdlib_corpus FOLDER
+
+The language reference (``pydoc_data.topics``), the licence, and the standard library's docstrings laid out much as
+``help()`` does, in ``.jsonl`` files of ``{"text": ..., "id": ...}``. It is read from the library's source files; nothing
+of it is imported or run, so the same interpreter always gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import os
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import DataError
+from .files import replace_file
+
+_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "pydoc_data", "lib2to3"}
+_SHORTEST = 80
+"""Characters: shorter docstrings say little."""
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def write_stdlib_corpus(folder: str | os.PathLike[str]) -> list[Path]:
+    """Write the corpus, without duplicates and in an order of its own.
+
+    :returns: the files, a few MB together.
+    :raises DataError: the interpreter came without the sources of its library, or the folder cannot be written.
+    """
+    target, library = Path(folder), Path(sysconfig.get_path("stdlib"))
+    seen: set[bytes] = set()
+    written: list[Path] = []
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for name, documents in (("reference", _reference(library)), ("docstrings", _docstrings(library))):
+            lines = [json.dumps({"text": text, "id": i}) for i, text in documents if _is_new(text, seen)]
+            if lines:
+                written.append(target / f"{name}.jsonl")
+                replace_file(written[-1], ("\n".join(lines) + "\n").encode())
+    except OSError as error:
+        raise DataError(f"{error.filename or target}: {error.strerror}") from error
+    if not written:
+        raise DataError(f"{library}: holds no Python sources; use an interpreter that has its standard library")
+    return written
+
+
+def _is_new(text: str, seen: set[bytes]) -> bool:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    new = len(text) >= _SHORTEST and digest not in seen
+    seen.add(digest)
+    return new
+
+
+def _reference(library: Path) -> Iterator[tuple[str, str]]:
+    """The topics of ``help()``, and the licence."""
+    tree = _parse(library / "pydoc_data" / "topics.py")
+    for node in ast.walk(tree) if tree else ():
+        if isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                if isinstance(key, ast.Constant) and isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    yield f"topics/{key.value}", value.value
+    licence = library / "LICENSE.txt"
+    if licence.is_file():
+        yield "LICENSE.txt", licence.read_text(encoding="utf-8")
+
+
+def _docstrings(library: Path) -> Iterator[tuple[str, str]]:
+    """A document for each module's own docstring, each function's, and each class's with its methods'."""
+    for path in sorted(library.rglob("*.py")):
+        inner = path.relative_to(library)
+        tree = None if _SKIPPED & set(inner.parts) else _parse(path)
+        if tree is None:
+            continue
+        module = ".".join(inner.with_suffix("").parts).removesuffix(".__init__")
+        if own := ast.get_docstring(tree):
+            yield module, f"module {module}\n\n{own}"
+        for node in tree.body:
+            if isinstance(node, Definition):
+                text = _help(node, f"{module}.{node.name}")
+                if text:
+                    yield f"{module}.{node.name}", text
+
+
+def _help(node: Definition, name: str) -> str:
+    """A definition's heading and docstring with those of everything in it; empty where nothing is documented."""
+    own = ast.get_docstring(node)
+    inner = [_help(n, n.name) for n in node.body if isinstance(n, Definition)] if isinstance(node, ast.ClassDef) else []
+    inner = [text for text in inner if text]
+    if not own and not inner:
+        return ""
+    parts = [own or "", *inner]
+    return _heading(node, name) + "\n" + "\n\n".join(_indented(part) for part in parts if part)
+
+
+def _heading(node: Definition, name: str) -> str:
+    if isinstance(node, ast.ClassDef):
+        bases = ", ".join(ast.unparse(base) for base in node.bases)
+        return f"class {name}({bases})" if bases else f"class {name}"
+    return f"{name}({ast.unparse(node.args)})"
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" if line else "" for line in text.splitlines())
+
+
+def _parse(path: Path) -> ast.Module | None:
+    """A source file's syntax tree; None for one that is missing or (as some test data is) no Python."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="where to write the .jsonl files")
+    try:
+        files = write_stdlib_corpus(parser.parse_args().folder)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for path in files:
+        print(f"{path}  {path.stat().st_size:,} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
