@@ -67,7 +67,8 @@ def plan_attention(section: Mapping[str, Any], *, seq_len: int) -> AttentionPlan
     for key in section:
         if key not in known:
             raise OLMoConfigurationError(
-                f"attention.{key} is not a key of the attention section{nearest(str(key), known)} (known: {', '.join(sorted(known))})"
+                f"attention.{key} is not a key of the attention section{nearest(str(key), known)} "
+                f"(known: {', '.join(sorted(known))})"
             )
     options = {key: section[key] for key in reads if section.get(key) is not None}
     ignored = tuple(sorted(key for key in section if key not in (*_SECTION, *reads)))
@@ -104,7 +105,8 @@ def with_attention(model: TransformerConfig, *, seq_len: int, **section: Any) ->
 
 def attach(model: TransformerConfig, plan: AttentionPlan) -> TransformerConfig:
     """:func:`with_attention` for a section that has been checked."""
-    if not isinstance(model.block, TransformerBlockConfig):
+    block = model.block
+    if not isinstance(block, TransformerBlockConfig):
         raise OLMoConfigurationError("model.block must be one block for all layers: named blocks are not supported")
     chosen = range(model.n_layers) if plan.layers is None else plan.layers
     for layer in chosen:
@@ -116,12 +118,12 @@ def attach(model: TransformerConfig, plan: AttentionPlan) -> TransformerConfig:
     baseline = replace(plan, type=BASELINE, options={k: v for k, v in plan.options.items() if k == "band_length"})
     model = copy.deepcopy(model)
     overrides = dict(model.block_overrides or {})
-    for layer, block in overrides.items():
-        overrides[layer] = _with_mixer(block, plan if layer in chosen else baseline, model.d_model)
+    for layer, own in overrides.items():
+        overrides[layer] = _with_mixer(own, plan if layer in chosen else baseline, model.d_model)
     for layer in range(model.n_layers):
         if layer not in chosen and layer not in overrides:
-            overrides[layer] = _with_mixer(model.block, baseline, model.d_model)
-    return replace(model, block=_with_mixer(model.block, plan, model.d_model), block_overrides=overrides or None)
+            overrides[layer] = _with_mixer(block, baseline, model.d_model)
+    return replace(model, block=_with_mixer(block, plan, model.d_model), block_overrides=overrides or None)
 
 
 def _with_mixer(block: TransformerBlockConfig, plan: AttentionPlan, d_model: int) -> TransformerBlockConfig:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from olmo_core.aliases import PathOrStr
 from olmo_core.distributed.utils import get_rank
 from olmo_core.io import is_url
 from olmo_core.train.callbacks import Callback, ConsoleLoggerCallback, SpeedMonitorCallback, WandBCallback
@@ -283,6 +284,6 @@ class AttentionFingerprint(Callback):
         if get_rank() == 0 and self.text:
             self.trainer.write_file(FILE_NAME, self.text, dir=self.trainer.save_folder)
 
-    def post_checkpoint_saved(self, path: str) -> None:
+    def post_checkpoint_saved(self, path: PathOrStr) -> None:
         if get_rank() == 0 and self.text:
             self.trainer.write_file(FILE_NAME, self.text, dir=path)

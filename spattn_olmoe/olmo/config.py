@@ -94,8 +94,8 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         if "=" not in item or item.startswith("-"):
             raise OLMoConfigurationError(f"argument {item!r} is not of the form key=value")
     try:
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
-        data = OmegaConf.to_container(merged, resolve=True)
+        complete = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        data = OmegaConf.to_container(complete, resolve=True)
     except OmegaConfBaseException as error:
         raise OLMoConfigurationError(f"{path}: {_first_line(error)}") from error
     return typing.cast(dict[str, Any], data)
@@ -109,7 +109,7 @@ def _read_with_bases(path: Path, extending: tuple[Path, ...]) -> DictConfig:
         by = f", which {extending[-1]} extends," if extending else ""
         raise OLMoConfigurationError(f"config file {path}{by} does not exist")
     try:
-        config = OmegaConf.load(path)
+        config = typing.cast(DictConfig, OmegaConf.load(path))
     except Exception as error:  # YAML errors, encoding errors and OmegaConf's own have no common type
         raise OLMoConfigurationError(f"{path} is not valid YAML: {_first_line(error)}") from error
     if not isinstance(config, DictConfig):

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from olmo_core.distributed.parallel import DataParallelType
 from olmo_core.distributed.utils import broadcast_object, get_rank, get_world_size
@@ -16,6 +17,7 @@ from olmo_core.train import LoadStrategy, Trainer, prepare_training_environment
 from olmo_core.train.callbacks import ConfigSaverCallback, ConsoleLoggerCallback, SpeedMonitorCallback
 from olmo_core.utils import seed_all
 
+from ..data.manifest import verify
 from .callbacks import AttentionFingerprint, MetricsFile, Progress, Throughput
 from .config import ExperimentConfig
 from .fingerprint import Fingerprint, check_checkpoint
@@ -156,7 +158,7 @@ def data_files(config: ExperimentConfig) -> list[str]:
         if config.dataset.mix is not None or getattr(config.dataset, "source_mixture_config", None) is not None:
             return []
         raise OLMoConfigurationError(
-            "dataset.paths is not set: name the token shards, such as dataset.paths=[data/dclm/train-*.npy]; "
+            "dataset.paths is not set: name the token shards, such as dataset.paths=[data/dclm/train-*.bin]; "
             "scripts/prepare_data.py makes them"
         )
     files: list[str] = []
@@ -175,15 +177,13 @@ def data_files(config: ExperimentConfig) -> list[str]:
 
 def check_data(config: ExperimentConfig, *, hashes: bool = False) -> None:
     """Raise unless the data are there and are what the config says."""
-    from ..data import verify
-
     files = data_files(config)
     for folder in sorted({Path(f).parent for f in files if not is_url(f)}):
         verify(
             folder,
-            vocab_size=config.model.vocab_size,
+            vocab_size=config.dataset.tokenizer.vocab_size,
             eos_token_id=config.dataset.tokenizer.eos_token_id,
-            dtype=str(config.dataset.get_dtype().__name__),
+            dtype=np.dtype(config.dataset.get_dtype()).name,
             sequence_length=config.sequence_length,
             hashes=hashes and get_rank() == 0,
         )

@@ -12,6 +12,8 @@ from olmo_core.generate.generation_module import GenerationConfig, TransformerGe
 from olmo_core.train import Checkpointer
 from tokenizers import Tokenizer
 
+from ..data.config import TokenizerSection
+from ..data.tokenizer import find_tokenizer, parse_tokenizer
 from .remedies import apply_remedies
 
 
@@ -41,9 +43,8 @@ def read_checkpoint_config(checkpoint: str | Path) -> dict[str, Any]:
 
 def load_tokenizer(identifier: str) -> Tokenizer:
     """The tokenizer of a config: a file, or a name on the Hugging Face hub."""
-    from ..data import load_tokenizer as load
-
-    return load(identifier)
+    data, _ = find_tokenizer(TokenizerSection(identifier=identifier))
+    return parse_tokenizer(data, identifier)
 
 
 def load_generator(checkpoint: str, device: torch.device | None = None) -> TransformerGenerationModule:

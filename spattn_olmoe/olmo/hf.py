@@ -16,6 +16,7 @@ from torch import Tensor
 from ..kernels import cached_attention
 from ..patterns import Pattern, build_pattern
 from .attach import layer_patterns
+from .mixer import PatternAttentionConfig
 
 IMPLEMENTATION = "spattn_olmoe"
 """The value of ``config._attn_implementation`` with which transformers attends under our patterns."""
@@ -77,8 +78,9 @@ def transformers_config(model: TransformerConfig, *, max_length: int, eos_token_
     from transformers import OlmoeConfig
 
     block = _published_block(model)
-    mixer, moe = block.sequence_mixer, block.feed_forward_moe
-    assert moe is not None and block.layer_norm is not None
+    mixer, moe, norm = block.sequence_mixer, block.feed_forward_moe, block.layer_norm
+    assert isinstance(mixer, PatternAttentionConfig) and mixer.rope is not None and moe is not None
+    assert norm is not None and norm.eps is not None
     config = OlmoeConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.d_model,
@@ -89,7 +91,7 @@ def transformers_config(model: TransformerConfig, *, max_length: int, eos_token_
         num_experts=moe.num_experts,
         num_experts_per_tok=moe.router.top_k,
         max_position_embeddings=max_length,
-        rms_norm_eps=block.layer_norm.eps,
+        rms_norm_eps=norm.eps,
         rope_parameters={"rope_type": "default", "rope_theta": float(mixer.rope.theta)},
         norm_topk_prob=False,
         router_aux_loss_coef=moe.lb_loss_weight or 0.0,
@@ -128,7 +130,7 @@ def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: An
 
 
 def _attend(
-    module: torch.nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -150,7 +152,9 @@ def _attend(
     if pattern.band_length == "input" and T != S:
         raise ValueError("attention.band_length='input' cannot be used with a KV cache: generate with use_cache=False")
     out = cached_attention(
-        *(x.transpose(1, 2) for x in (query, key, value)),
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
         pattern if pattern.band_length == "train" else _fixed(pattern, S),
         start=S - T,
         leftpad=leftpad,

@@ -135,7 +135,7 @@ class PatternAttention(Attention):
     def __init__(self, *, pattern: Pattern, impl: str = "auto", **kwargs: Any):
         super().__init__(**kwargs)
         self.pattern = pattern
-        self.backend = PatternBackend(
+        self.backend: PatternBackend = PatternBackend(
             pattern=pattern,
             impl=impl,
             head_dim=self.head_dim,
@@ -255,6 +255,7 @@ class PatternBackend(AttentionBackend):
             q, k, v, self.pattern, impl=self.impl, cu_doc_lens=cu_doc_lens, scale=self.scale, head_offset=offset
         )
         if self.cp_enabled:
+            assert self.cp_pg is not None
             out = all_to_all_single_hp2cp(out.contiguous(), self.cp_pg)
         return out.contiguous()
 

@@ -18,25 +18,26 @@ from . import grouped_gemm
 from .release import require_tested_release
 
 _stock_apply_ep = MoEMLPBase.apply_ep
+_DEGREE = "expert_parallel_degree"
 
 
 def apply() -> None:
     """Divide dropless experts' gradients by the degree of expert parallelism."""
     require_tested_release(__name__)
-    MoEMLPBase.apply_ep = apply_ep
-    DroplessMoEMLP.gmm = gmm
+    MoEMLPBase.apply_ep = apply_ep  # type: ignore[method-assign]
+    DroplessMoEMLP.gmm = gmm  # type: ignore[method-assign]
 
 
 def apply_ep(self: MoEMLPBase, ep_mesh: DeviceMesh) -> None:
     """Shard the experts as before, and remember over how many ranks."""
     _stock_apply_ep(self, ep_mesh)
-    self.expert_parallel_degree = ep_mesh.size()
+    setattr(self, _DEGREE, ep_mesh.size())
 
 
 @torch._dynamo.disable()
 def gmm(self: DroplessMoEMLP, x: Tensor, w: Tensor, batch_sizes: Tensor, trans_b: bool = False) -> Tensor:
     """The grouped product, with the gradient of ``w`` divided by the degree."""
-    degree = getattr(self, "expert_parallel_degree", 1)
+    degree = getattr(self, _DEGREE, 1)
     return grouped_gemm.gmm(self, x, _DivideGradient.apply(w, degree) if degree > 1 else w, batch_sizes, trans_b)
 
 

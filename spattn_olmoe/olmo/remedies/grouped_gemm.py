@@ -22,7 +22,7 @@ _loop = DroplessMoEMLP.gmm
 def apply() -> None:
     """Give :class:`DroplessMoEMLP` the grouped product."""
     require_tested_release(__name__)
-    DroplessMoEMLP.gmm = gmm
+    DroplessMoEMLP.gmm = gmm  # type: ignore[method-assign]
     warnings.filterwarnings("ignore", message="Grouped GEMM not available")  # it asks for the package done without here
 
 

@@ -18,12 +18,12 @@ from .release import require_tested_release
 def apply() -> None:
     """Sum the router's gradient over tensor-parallel ranks."""
     require_tested_release(__name__)
-    MoELinearRouter.get_expert_logits = get_expert_logits
+    MoELinearRouter.get_expert_logits = get_expert_logits  # type: ignore[method-assign]
 
 
 def get_expert_logits(self: MoELinearRouter, x: Tensor) -> Tensor:
     """Scores of the experts in float32, ``(..., num_experts)``."""
-    weight = self.weight
+    weight: Tensor = self.weight
     if isinstance(weight, DTensor):
         weight = weight.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in weight.placements])
     return F.linear(x.float(), weight.view(self.num_experts, self.d_model).float())
