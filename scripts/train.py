@@ -23,10 +23,13 @@ def main() -> None:
     with user_errors():
         from olmo_core.train import teardown_training_environment
 
-        from spattn_olmoe.olmo import load_experiment
+        from spattn_olmoe.olmo.config import load_experiment, show
         from spattn_olmoe.olmo.experiment import check, prepare
         from spattn_olmoe.olmo.report import dry_run
 
+        if args.show:
+            print(show(args.config, args.overrides, args.show))
+            return
         config = load_experiment(args.config, args.overrides)
         if args.dry_run:
             check(config)

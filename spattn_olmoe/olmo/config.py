@@ -75,6 +75,19 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     return decode_experiment(read_yaml(path, overrides))
 
 
+def show(path: str | Path, overrides: Sequence[str], key: str) -> Any:
+    """One value of a resolved config, by its dotted key.
+
+    :raises OLMoConfigurationError: there is no such key, or the config is wrong.
+    """
+    value: Any = read_yaml(path, overrides)
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise OLMoConfigurationError(f"--show {key}: there is no such key{nearest(part, value)}")
+        value = value[part]
+    return value
+
+
 def decode_experiment(data: dict[str, Any]) -> ExperimentConfig:
     """An experiment from a nested dictionary, every key checked."""
     check_keys(data, ExperimentConfig)

@@ -1,0 +1,38 @@
+"""Continue a prompt with a trained checkpoint, through the KV cache.
+
+python scripts/generate.py --checkpoint runs/quickstart-spattention --prompt "Return the"
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from spattn_olmoe.cli import user_errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint, or a run's folder for its newest one")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-cache", action="store_true", help="attend anew to everything at each token")
+    args = parser.parse_args()
+    with user_errors():
+        from spattn_olmoe.olmo.generation import generate, resolve_checkpoint
+
+        print(
+            generate(
+                resolve_checkpoint(args.checkpoint),
+                args.prompt,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                seed=args.seed,
+                use_cache=not args.no_cache,
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Draw the loss curves of runs.
+
+python scripts/plot_loss.py runs/quickstart-spattention runs/quickstart-standard --out loss.png
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from spattn_olmoe.cli import user_errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="folders of runs")
+    parser.add_argument("--out", required=True, help="the picture, .png or .svg or .pdf")
+    args = parser.parse_args()
+    with user_errors():
+        from spattn_olmoe.analysis.losses import plot_losses
+
+        plot_losses(args.runs, args.out)
+        print(args.out)
+
+
+if __name__ == "__main__":
+    main()
