@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -25,6 +25,8 @@ MAX_INTERVALS = 2
 _MASK_CELLS = 2**24  # cells of a dense mask looked at together when a pattern has no closed form
 
 Interval = tuple[int, int]
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,17 @@ class Pattern(ABC):
             return self
         return replace(self, seq_len=T)
 
-    def mask_mod(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        """The mask in FlexAttention's convention; ``h`` is the global query head. Returns a bool tensor."""
-        return (q_idx >= kv_idx) & self.allows(h, q_idx, kv_idx)
+    @property
+    def mask_mod(self) -> MaskMod:
+        """``mask_mod(b, h, q_idx, kv_idx)`` in FlexAttention's convention; ``h`` is the global query head.
+
+        A function and no method: FlexAttention counts arguments to tell masks from scores, ``self`` included.
+        """
+
+        def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return (q_idx >= kv_idx) & self.allows(h, q_idx, kv_idx)
+
+        return mask_mod
 
     def dense_mask(self, T: int | None = None, device: torch.device | str = "cpu") -> Tensor:
         """The whole mask, bool ``(H, T, T)``: ``[h, i, j]`` is True where query ``i`` attends key ``j``."""

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from mask_oracle import MASKS, WITH_INTERVALS, allowed, allowed_keys
+from torch.nn.attention.flex_attention import create_mask
 
 from spattn_olmoe.patterns import Pattern, build_pattern
 
@@ -94,6 +95,12 @@ def test_closed_forms_count_what_the_mask_allows(mask, N, T):
     dense = pattern.dense_mask(T)
     assert pattern.attended_pairs(T) == int(dense.sum())
     assert pattern.dead_rows(T) == int((~dense.any(-1)).sum())
+
+
+def test_pytorch_takes_the_mask_mod_as_it_is():
+    """FlexAttention counts the arguments of a function to tell a mask from a score; a bound method has one more."""
+    pattern = build("spattention", 4, 30)
+    assert torch.equal(create_mask(pattern.mask_mod, None, 4, 33, 33, device="cpu")[0], pattern.dense_mask(33))
 
 
 @pytest.mark.parametrize("mask", MASKS)
