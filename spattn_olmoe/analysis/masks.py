@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ _DPI = 144
 _MASK_CELLS = 2**22  # cells of a mask held at a time where there is no closed form
 
 _ALLOWED, _NOT_ALLOWED, _FUTURE = ([c / 255 for c in rgb] for rgb in ((27, 79, 156), (238, 243, 250), (255, 255, 255)))
-_FRAME, _INK = "#9aa5b1", "#1f2933"
+_FRAME, _INK, _PALE = "#9aa5b1", "#1f2933", "#52606d"
 
 
 class Panel(NamedTuple):
@@ -119,10 +119,15 @@ def draw(pattern: Pattern, T: int | None = None) -> Figure:
     T = pattern.seq_len if T is None else T
     H = pattern.n_heads
     options = ", ".join(f"{key}={str(value).lower()}" for key, value in pattern.options.items())
-    title = f"{pattern.name} ({options})   H = {H}, N = {pattern.at_length(T).seq_len}, T = {T}   {cost(pattern, T)}"
+    shape = f"H = {H}, N = {pattern.at_length(T).seq_len}" + (f", T = {T}" if T != pattern.seq_len else "")
     columns = H if H < 4 else 4 if H <= 8 else 8
     panels = [Panel(pattern, h, f"Head {h}\n{distances(pattern, h, T)}") for h in range(H)]
-    return _grid([panels[n : n + columns] for n in range(0, H, columns)], T, title)
+    return _grid(
+        [panels[n : n + columns] for n in range(0, H, columns)],
+        T,
+        pattern.name,
+        f"{shape}, {options}: {cost(pattern, T)}",
+    )
 
 
 def figure_1() -> Figure:
@@ -138,10 +143,10 @@ def figure_2() -> Figure:
     for name, label in labels.items():
         pattern = build_pattern(name, n_heads=8, seq_len=N)
         row.append(Panel(pattern, head, f"{label}, head {head}\n{distances(pattern, head, N)}"))
-    return _grid([row], N, f"The ablations, head {head} of 8, N = {N}")
+    return _grid([row], N, "The ablations", f"H = 8, N = {N}, each drawn at head {head}")
 
 
-OVERVIEW = (
+OVERVIEW: tuple[tuple[str, dict[str, Any]], ...] = (
     ("standard", {}),
     ("spattention", {}),
     ("spattention", {"local_sharing": True}),
@@ -155,15 +160,17 @@ OVERVIEW = (
 """The nine masks, in the order of the documentation: type and options."""
 
 
-def overview(n_heads: int = 8, seq_len: int = 1024, heads: Sequence[int] = (0, 1, 3, 7)) -> Figure:
+def overview(n_heads: int = 8, seq_len: int = 1024, heads: Sequence[int] = (0, 1, 2, 3, 5, 7)) -> Figure:
     """The nine masks, one row each, a few heads."""
-    rows, labels = [], []
+    rows: list[list[Panel]] = []
+    labels = []
     for name, options in OVERVIEW:
         pattern = build_pattern(name, n_heads=n_heads, seq_len=seq_len, **options)
         rows.append([Panel(pattern, h, f"Head {h}" if not rows else "") for h in heads])
         labels.append("\n".join([name, *(f"{key}: {str(value).lower()}" for key, value in options.items())]))
         labels[-1] += f"\n\n{cost(pattern, seq_len)}".replace(" of dense", "\nof dense")
-    return _grid(rows, seq_len, f"What each attention type attends   H = {n_heads}, N = {seq_len}", labels, panel=1.05)
+    shape = f"H = {n_heads}, N = {seq_len}, heads {', '.join(map(str, heads))}"
+    return _grid(rows, seq_len, "What each attention type attends", shape, labels, panel=0.875)
 
 
 def save(figure: Figure, path: str | Path) -> Path:
@@ -175,35 +182,45 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 
 def _grid(
-    rows: Sequence[Sequence[Panel]], T: int, title: str, labels: Sequence[str] = (), panel: float = PIXELS / _DPI
+    rows: Sequence[Sequence[Panel]],
+    T: int,
+    title: str,
+    subtitle: str,
+    labels: Sequence[str] = (),
+    panel: float = PIXELS / _DPI,
 ) -> Figure:
-    """Panels of ``panel`` inches in rows, a title above, and labels to the left where there are any."""
-    gap, margin, above = 0.16, 0.12, 0.42 if any("\n" in p.title for row in rows for p in row) else 0.0
-    left = margin + (1.45 if labels else 0.32)
-    top = 0.62 + (0.0 if above else 0.1)
+    """Panels of ``panel`` inches in rows, titles above, and labels to the left where there are any.
+
+    All lengths are inches and multiples of an eighth, so that panels begin on a pixel and are not resampled.
+    """
+    gap, margin, top, foot = 0.125, 0.125, 0.625, 0.375
+    left = margin + (1.5 if labels else 0.25)
+    above = 0.0 if labels else 0.5  # with labels only the first row has titles
+    first = 0.25 if labels else 0.0
     columns = max(len(row) for row in rows)
-    width = left + columns * panel + (columns - 1) * gap + margin
-    height = top + len(rows) * (panel + above) + (len(rows) - 1) * gap + 0.36
+    width = max(left + columns * (panel + gap) - gap + margin, 6.5)
+    height = top + first + len(rows) * (above + panel + gap) - gap + foot
     figure = Figure(figsize=(width, height), facecolor="white")
-    figure.text(0.5, 1 - 0.2 / height, title, ha="center", va="center", color=_INK, fontsize=11, fontweight="bold")
+
+    def write(x: float, y: float, text: str, **style) -> None:
+        figure.text(x / width, y / height, text, va="center", **{"ha": "center", "color": _INK, **style})
+
+    write(width / 2, height - 0.21, title, fontsize=11, fontweight="bold")
+    write(width / 2, height - 0.46, subtitle, fontsize=9)
     pixels = round(panel * _DPI)
     for n, row in enumerate(rows):
-        bottom = height - top - above - panel - n * (panel + above + gap)
+        bottom = height - top - first - (n + 1) * (above + panel) - n * gap
         for m, item in enumerate(row):
             box = ((left + m * (panel + gap)) / width, bottom / height, panel / width, panel / height)
             _show(figure.add_axes(box), item, T, pixels)
-        middle = (bottom + panel / 2) / height
+        middle = bottom + panel / 2
         if labels:
-            figure.text((left - 0.12) / width, middle, labels[n], ha="right", va="center", color=_INK, fontsize=8)
+            write(left - 0.125, middle, labels[n], ha="right", fontsize=8.5)
         else:
-            figure.text((left - 0.14) / width, middle, "query", ha="center", va="center", rotation=90, **_SMALL)
-    middle = (left + (width - margin)) / 2 / width
-    note = "key →   (query ↓, dark: attended, light: not attended, white: later than the query)"
-    figure.text(middle, 0.16 / height, note, ha="center", va="center", **_SMALL)
+            write(left - 0.125, middle, "query", rotation=90, fontsize=8, color=_PALE)
+    note = "Query downwards, key to the right. Blue: attended (paler: a share of the pairs); white: the future."
+    write(width / 2, 0.17, note, fontsize=8, color=_PALE)
     return figure
-
-
-_SMALL = {"color": "#52606d", "fontsize": 8}
 
 
 def _show(axes: Axes, panel: Panel, T: int, pixels: int) -> None:
