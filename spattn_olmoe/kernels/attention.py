@@ -131,7 +131,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, head_offset: int) 
             f"k {tuple(k.shape)} and v {tuple(v.shape)} must be (batch, length, kv_heads, head_dim) "
             f"with q's {(B, T)} and head_dim {D}"
         )
-    if H % k.shape[2]:
+    if k.shape[2] == 0 or H % k.shape[2]:
         raise ValueError(f"n_heads={H} must be a multiple of n_kv_heads={k.shape[2]}")
     if head_offset < 0 or head_offset + H > pattern.n_heads:
         raise ValueError(

@@ -16,12 +16,11 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..patterns import Pattern, interval_table
+from ..patterns.base import MaskMod
 from .documents import document_starts
 
 BLOCK = 128
 """Side of the square blocks that a block mask keeps or skips; FlexAttention's default."""
-
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @functools.cache
@@ -50,6 +49,8 @@ def run(
         raise ValueError("attention.impl='flex' has no backward pass on a CPU: use impl='cpu' or 'reference'")
     mask = block_mask(pattern, B, T, H, head_offset, q_BTHD.device, cu_doc_lens)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
+    if on_cpu:  # it refuses inputs that require gradients even under no_grad
+        q, k, v = q.detach(), k.detach(), v.detach()
     attend: Any = flex_attention if on_cpu else _compiled()
     out = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)

@@ -46,8 +46,8 @@ def masked_attention(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Tenso
     k, v = (x.to(exact).repeat_interleave(H // G, dim=2) for x in (k_BSGD, v_BSGD))
     scores = torch.einsum("bthd,bshd->bhts", q_BTHD.to(exact), k) * scale
     # The softmax of a row of -inf is NaN, and so is its gradient: such rows get finite scores, and weights of zero.
-    alive = mask.any(-1, keepdim=True)
-    scores = scores.masked_fill(~mask & alive, float("-inf"))
+    dead = ~mask.any(-1, keepdim=True)
+    scores = scores.masked_fill(~mask, float("-inf")).masked_fill(dead, 0.0)
     weights = torch.softmax(scores, dim=-1).masked_fill(~mask, 0.0)
     return torch.einsum("bhts,bshd->bthd", weights, v).to(q_BTHD.dtype)
 

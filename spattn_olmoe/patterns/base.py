@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -21,9 +22,11 @@ UNBOUNDED = 2**30
 MAX_INTERVALS = 2
 """Intervals a head may have in :attr:`Pattern.intervals`; what the kernels are written for."""
 
-_QUERY_CHUNK = 1024  # rows of a dense mask looked at together when a pattern has no closed form
+_MASK_CELLS = 2**24  # cells of a dense mask looked at together when a pattern has no closed form
 
 Interval = tuple[int, int]
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,10 @@ class Pattern(ABC):
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("n_heads", "seq_len")}
 
     def to_config(self) -> dict[str, Any]:
-        """Keyword arguments with which ``build_pattern`` makes an equal pattern."""
-        return {"name": self.name, "n_heads": self.n_heads, "seq_len": self.seq_len, **self.options}
+        """Keyword arguments with which ``build_pattern`` makes an equal pattern, in a new process as well."""
+        module = type(self).__module__
+        name = self.name if module.startswith(f"{__package__}.") else f"{module}.{self.name}"
+        return {"name": name, "n_heads": self.n_heads, "seq_len": self.seq_len, **self.options}
 
     def at_length(self, T: int) -> Pattern:
         """The pattern that applies to ``T`` tokens: itself, or rebuilt for ``T`` with ``band_length="input"``."""
@@ -84,9 +89,17 @@ class Pattern(ABC):
             return self
         return replace(self, seq_len=T)
 
-    def mask_mod(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        """The mask in FlexAttention's convention; ``h`` is the global query head. Returns a bool tensor."""
-        return (q_idx >= kv_idx) & self.allows(h, q_idx, kv_idx)
+    @property
+    def mask_mod(self) -> MaskMod:
+        """``mask_mod(b, h, q_idx, kv_idx)`` in FlexAttention's convention; ``h`` is the global query head.
+
+        A function and no method: FlexAttention counts arguments to tell masks from scores, ``self`` included.
+        """
+
+        def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return (q_idx >= kv_idx) & self.allows(h, q_idx, kv_idx)
+
+        return mask_mod
 
     def dense_mask(self, T: int | None = None, device: torch.device | str = "cpu") -> Tensor:
         """The whole mask, bool ``(H, T, T)``: ``[h, i, j]`` is True where query ``i`` attends key ``j``."""
@@ -124,15 +137,22 @@ class Pattern(ABC):
         pattern = self.at_length(T)
         table = interval_table(pattern)
         if table is None:
-            chunks = ((s, min(s + _QUERY_CHUNK, T)) for s in range(0, T, _QUERY_CHUNK))
-            return sum(int((~pattern.mask_rows(s, e, T).any(-1)).sum()) for s, e in chunks)
+            h, i = torch.arange(self.n_heads)[:, None], torch.arange(T)[None, :]
+            if pattern.mask_mod(torch.zeros_like(h), h, i, i).all():  # every query attends itself
+                return 0
+            return sum(int((~rows.any(-1)).sum()) for rows in pattern._chunks_of_rows(T))
         nearest = (min((lo for lo, hi in head if hi > lo), default=T) for head in table)
         return sum(min(lo, T) for lo in nearest)
 
     def _count_pairs(self, T: int) -> int:
         """Pairs at length ``T`` where there are no intervals: counted row by row unless a subclass has a formula."""
-        chunks = ((s, min(s + _QUERY_CHUNK, T)) for s in range(0, T, _QUERY_CHUNK))
-        return sum(int(self.mask_rows(s, e, T).sum()) for s, e in chunks)
+        return sum(int(rows.sum()) for rows in self._chunks_of_rows(T))
+
+    def _chunks_of_rows(self, T: int) -> Iterator[Tensor]:
+        """The dense mask a few rows at a time, so that counting needs little memory at any length."""
+        step = max(1, _MASK_CELLS // (self.n_heads * max(T, 1)))
+        for start in range(0, T, step):
+            yield self.mask_rows(start, min(start + step, T), T)
 
 
 @functools.lru_cache(maxsize=512)  # asked for at every layer of every step, to count FLOPs

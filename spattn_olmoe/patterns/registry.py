@@ -20,7 +20,7 @@ def register_pattern(name: str) -> Callable[[P], P]:
 
     def register(cls: P) -> P:
         known = _REGISTRY.get(name)
-        if known is not None and known.__qualname__ != cls.__qualname__:
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"attention type {name!r} is already taken by {known.__module__}.{known.__qualname__}")
         cls.name = name
         _REGISTRY[name] = cls
@@ -48,19 +48,22 @@ def pattern_class(name: str) -> type[Pattern]:
 
     :raises ValueError: no such type; the message names the nearest one.
     """
+    key = name
     if name not in _REGISTRY and "." in name:
-        module, _, short = name.rpartition(".")
+        module_name, _, key = name.rpartition(".")
         try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ValueError(f"attention.type={name!r}: cannot import {module!r} ({error})") from error
-        name = short
-    if name not in _REGISTRY:
-        hint = nearest(name, _REGISTRY)
+            module = importlib.import_module(module_name)
+        except (ImportError, TypeError, ValueError) as error:  # the last two: no module can have that name
+            raise ValueError(f"attention.type={name!r}: cannot import {module_name!r} ({error})") from error
+        found = _REGISTRY.get(key)
+        if found is not None and found.__module__ != module_name and found not in vars(module).values():
+            raise ValueError(f"attention.type={name!r}: {module_name!r} has no {key!r}, which is {found.__module__}'s")
+    if key not in _REGISTRY:
+        hint = nearest(key, _REGISTRY)
         raise ValueError(
             f"attention.type={name!r} is not an attention type{hint} (known: {', '.join(available_patterns())})"
         )
-    return _REGISTRY[name]
+    return _REGISTRY[key]
 
 
 def pattern_options(name: str) -> dict[str, Any]:

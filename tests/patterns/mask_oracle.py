@@ -1,0 +1,104 @@
+"""The nine masks of docs/masks.md once more, as plain Python on one (head, query, key) at a time.
+
+Written from the definitions and sharing no code with the package, so that a mistake in one is not a mistake in both.
+"""
+
+MASKS = {
+    "standard": ("standard", {}),
+    "spattention": ("spattention", {}),
+    "spattention+sharing": ("spattention", {"local_sharing": True}),
+    "sliding_window": ("sliding_window", {}),
+    "eball": ("eball", {}),
+    "gbhalf": ("gbhalf", {}),
+    "longformer": ("longformer", {}),
+    "bigbird": ("bigbird", {}),
+    "reformer": ("reformer", {}),
+}
+"""The eight types, nine masks: name in a test's id -> (type, options)."""
+
+WITH_INTERVALS = ("standard", "spattention", "spattention+sharing", "sliding_window", "eball", "gbhalf")
+
+
+def bands(H, N):
+    """Distances 0..N-1 dealt to the heads in order; where N is not a multiple of H the first heads get one more."""
+    widths = [N // H] * H
+    for h in range(N % H):
+        widths[h] += 1
+    dealt, nearest = [], 0
+    for width in widths:
+        dealt.append(list(range(nearest, nearest + width)))
+        nearest += width
+    assert nearest == N
+    return dealt
+
+
+def _spattention(H, N, h, i, j):
+    return i - j in bands(H, N)[h]
+
+
+def _spattention_sharing(H, N, h, i, j):
+    own = bands(H, N)[h]
+    return i - j in own or i - j <= len(own)
+
+
+def _sliding_window(H, N, h, i, j):
+    return i - j <= len(bands(H, N)[h])
+
+
+def _gbhalf(H, N, h, i, j):
+    own = bands(H, N)[h]
+    return i - j in own[: len(own) // 2]
+
+
+def _longformer(H, N, h, i, j):
+    if N <= 4:
+        return True
+    w = max(1, min(256, N // 4))
+    g = max(1, min(16, max(1, N // 32)))
+    return i - j <= w or i < g or j < g
+
+
+def _bigbird(H, N, h, i, j):
+    if N <= 4:
+        return True
+    w = max(1, min(128, max(1, N // 8)))
+    g = max(1, min(8, max(1, N // 64)))
+    s = max(16, N // 32)
+    d = i - j
+    return d <= w or i < g or j < g or (d > w and d % s == 0)
+
+
+def _reformer(H, N, h, i, j):
+    if N <= 4:
+        return True
+    b = max(1, min(64, max(1, N // 8)))
+    nb = max(2, N // b)
+    near = max(1, min(8, N // 4))
+    query, key = (3 * i + 13 * h + 7) % nb, (3 * j + 13 * h + 7) % nb
+    neighbours = {query - 1, query, query + 1}
+    if nb > 2:
+        neighbours = {bucket % nb for bucket in neighbours}
+    return key in neighbours or i - j <= near
+
+
+_RULES = {
+    "standard": lambda H, N, h, i, j: True,
+    "spattention": _spattention,
+    "spattention+sharing": _spattention_sharing,
+    "sliding_window": _sliding_window,
+    "eball": _spattention,
+    "gbhalf": _gbhalf,
+    "longformer": _longformer,
+    "bigbird": _bigbird,
+    "reformer": _reformer,
+}
+
+
+def allowed(mask, H, N, h, i, j):
+    """Whether query i may attend key j in head h, for one of :data:`MASKS`."""
+    return j <= i and _RULES[mask](H, N, h, i, j)
+
+
+def allowed_keys(mask, H, N, T):
+    """``[h][i]`` -> the set of keys, for every head and query of T tokens."""
+    return [[{j for j in range(T) if allowed(mask, H, N, h, i, j)} for i in range(T)] for h in range(H)]

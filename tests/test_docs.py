@@ -1,0 +1,121 @@
+"""What the pages in docs/ say, run."""
+
+import doctest
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spattn_olmoe import attention, build_pattern
+from spattn_olmoe.patterns import registry
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+
+
+def code_blocks(page: str) -> dict[str, str]:
+    """The Python blocks of a page that begin with a file name in a comment, by that name."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    named = {m[1]: block for block in blocks if (m := re.match(r"# (\S+\.py)\n", block))}
+    assert named, f"{page} has no code"
+    return named
+
+
+@pytest.fixture
+def registry_copy(monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+
+
+@pytest.fixture
+def page_modules(tmp_path, monkeypatch, registry_copy):
+    """The page's files in an importable folder."""
+    for path, block in code_blocks("adding_an_attention_type.md").items():
+        (tmp_path / Path(path).name).write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    yield tmp_path
+    for name in ("doubling_windows", "my_masks"):
+        sys.modules.pop(name, None)
+
+
+def test_examples_of_the_masks_page():
+    failed, tried = doctest.testfile(str(DOCS / "masks.md"), module_relative=False, verbose=False)
+    assert tried >= 10
+    assert failed == 0
+
+
+def percents(row: str) -> list[str]:
+    return re.findall(r"[\d.]+ %", row)
+
+
+def test_figures_of_the_masks_page():
+    text = (DOCS / "masks.md").read_text()
+    shapes = ((8, 1024), (16, 4096))
+    for start, sharing in (("| exclusive bands (Eq. 4) |", False), ("| with `local_sharing: true` |", True)):
+        (row,) = [line for line in text.splitlines() if line.startswith(start)]
+        patterns = [build_pattern("spattention", H, N, local_sharing=sharing) for H, N in shapes]
+        dense = [build_pattern("standard", H, N).attended_pairs() for H, N in shapes]
+        assert percents(row) == [f"{100 * p.attended_pairs() / n:.1f} %" for p, n in zip(patterns, dense, strict=True)]
+    for H, N in shapes:
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `eball` | {H} | {N} |")]
+        for name in ("eball", "spattention", "gbhalf"):
+            p = build_pattern(name, H, N)
+            assert percents(row) == [f"{100 * p.dead_rows(T) / (H * T):.1f} %" for T in (100, 256, 512, N)]
+
+
+def test_links_and_pictures_of_the_pages_exist():
+    for page in ("masks.md", "adding_an_attention_type.md"):
+        for target in re.findall(r"\]\(([^)]+)\)", (DOCS / page).read_text()):
+            assert target.startswith("https://") or (DOCS / target).exists(), f"{page}: {target}"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("doubling_windows.doubling_windows", {"shortest": 3}), ("my_masks.half_dilated", {})]
+)
+def test_the_new_types_attend_alike_in_every_implementation(name, options, page_modules):
+    T = 200
+    pattern = build_pattern(name, n_heads=4, seq_len=T, **options)
+    dense = pattern.dense_mask()
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    if name.startswith("doubling"):
+        assert torch.equal(dense, torch.stack([(distance >= 0) & (distance < 3 * 2**h) for h in range(4)]))
+        assert pattern.intervals[:, 0].tolist() == [[0, 3], [0, 6], [0, 12], [0, 24]]
+    else:
+        even = (distance >= 0) & (distance % 2 == 0)
+        assert torch.equal(dense, torch.stack([distance >= 0, even] * 2))
+        assert pattern.intervals is None
+    assert pattern.attended_pairs() == int(dense.sum())
+
+    q, k, v, w = (torch.randn(1, T, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(4))
+    results = []
+    for impl in ("reference", "cpu"):
+        out = attention(q, k, v, pattern, impl)
+        results.append((out, *torch.autograd.grad((out * w).sum(), (q, k, v))))
+    for exact, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, exact)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(*(x.detach() for x in (q, k, v)), pattern, "flex"), results[0][0])
+
+
+def test_a_bad_option_of_the_new_type_is_one_line(page_modules):
+    with pytest.raises(ValueError, match=r"^attention\.shortest=0: must be at least 1$"):
+        build_pattern("doubling_windows.doubling_windows", n_heads=4, seq_len=50, shortest=0)
+
+
+def test_one_new_file_is_a_new_type(tmp_path):
+    """The page as it stands: a copy of the package with the file in it, and the page's own check."""
+    files = code_blocks("adding_an_attention_type.md")
+    shutil.copytree(ROOT / "spattn_olmoe", tmp_path / "spattn_olmoe", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ("spattn_olmoe/patterns/doubling_windows.py", "check_doubling_windows.py"):
+        (tmp_path / path).write_text(files[path])
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "check_doubling_windows.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("DoublingWindows(n_heads=6, seq_len=300, band_length='train', shortest=4) attends ")
