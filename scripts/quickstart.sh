@@ -16,15 +16,18 @@ if [ ! -f "$data/shards/manifest.json" ]; then
 fi
 "$PY" scripts/prepare_data.py --config configs/data/quickstart.yaml
 
-run=$("$PY" scripts/train.py --config configs/quickstart.yaml --show trainer.save_folder "$@")
+show() { "$PY" scripts/train.py --config configs/quickstart.yaml --show "$@" 2>/dev/null; }
+run=$(show trainer.save_folder "$@") || "$PY" scripts/train.py --config configs/quickstart.yaml --dry-run "$@" >/dev/null
 echo "== training: $run =="
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$("$PY" -c 'import os; print(os.cpu_count())')}"
 "$PY" -m torch.distributed.run --standalone --nproc_per_node=1 scripts/train.py --config configs/quickstart.yaml "$@"
 
 echo "== what came out =="
 "$PY" scripts/plot_loss.py "$run" --out "$run/loss.png"
-type=$("$PY" scripts/train.py --config configs/quickstart.yaml --show attention.type "$@")
-"$PY" scripts/draw_masks.py --type "$type" --heads 8 --seq-len 256 --out "$run/masks.png"
+type=$(show attention.type "$@")
+options=()
+[ "$type" != spattention ] || options=("local_sharing=$(show attention.local_sharing "$@")")
+"$PY" scripts/draw_masks.py --type "$type" --heads 8 --seq-len 256 "${options[@]}" --out "$run/masks.png"
 echo
 "$PY" scripts/generate.py --checkpoint "$run" --prompt "Return the" --max-new-tokens 48
 cat <<END
