@@ -168,6 +168,15 @@ def test_rows_without_keys_stay_zero_in_the_reference_even_where_scores_overflow
     assert (dq[dead] == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+def test_the_reference_computes_no_nan_on_the_way():
+    """Rows without keys are a softmax of nothing: NaN, hidden or not, would stop whoever looks for one of his own."""
+    case = Case(T=30, N=30)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        results = run("reference", case, build("eball", case.H, case.N), inputs(case))
+    assert all(torch.isfinite(x).all() for x in results)
+
+
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_an_input_that_no_head_attends_gives_zeros_and_zero_gradients(impl):
     pattern = build("eball", 4, 64)

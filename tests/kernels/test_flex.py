@@ -59,7 +59,17 @@ def partial_and_full(mask, blocks):
 
 
 @pytest.mark.parametrize(
-    ("H", "N", "T"), [(4, 512, 512), (8, 1024, 1024), (3, 700, 896), (6, 1600, 640), (5, 384, 128), (2, 2, 256)]
+    ("H", "N", "T"),
+    [
+        (4, 512, 512),
+        (8, 1024, 1024),
+        (3, 700, 896),
+        (6, 1600, 640),
+        (5, 384, 128),
+        (2, 2, 256),
+        (2, 508, 512),  # windows that end one distance short of a block's farthest
+        (2, 514, 640),  # a band that begins with a block's nearest
+    ],
 )
 @pytest.mark.parametrize("mask", [*MASKS, "two_far_intervals"])
 def test_blocks_are_those_that_pytorch_finds_by_looking_at_every_pair(mask, H, N, T):
