@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from spattn_olmoe.cli import user_errors
+from spattn_olmoe.cli import quiet, user_errors
 
 
 def main() -> None:
@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--no-cache", action="store_true", help="attend anew to everything at each token")
     args = parser.parse_args()
     with user_errors():
+        quiet()
         from spattn_olmoe.olmo.generation import generate, resolve_checkpoint
 
         print(

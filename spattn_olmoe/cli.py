@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 
 
@@ -15,6 +17,8 @@ def user_errors() -> Iterator[None]:
     Those are ValueError and OLMoConfigurationError, and files that are not there or not allowed. Anything else is a
     defect and keeps its traceback.
     """
+    # OLMo-core looks for kernels that nothing here uses, and warns where they are not installed.
+    logging.getLogger("olmo_core.nn.attention.te_attn_api").setLevel(logging.ERROR)
     try:
         yield
     except KeyboardInterrupt:
@@ -28,6 +32,17 @@ def user_errors() -> Iterator[None]:
         ):  # without importing OLMo-core
             raise
         _end(str(error), 2)
+
+
+def quiet() -> None:
+    """Let OLMo-core speak of warnings only: for commands whose output is what they print."""
+    from olmo_core.utils import prepare_cli_environment
+
+    logging.getLogger("olmo_core").setLevel(logging.ERROR)
+    prepare_cli_environment()  # until then OLMo-core prints what it would log
+    for name in ("olmo_core", "spattn_olmoe"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process loads a checkpoint alone
 
 
 def _end(message: str, code: int) -> None:

@@ -1,4 +1,4 @@
-"""Callbacks of a run: progress, throughput, metrics in a file, Weights & Biases, and what a checkpoint says of its attention."""
+"""Callbacks of a run: progress, throughput, metrics in a file, Weights & Biases, and small files beside checkpoints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,7 +20,6 @@ from olmo_core.io import is_url
 from olmo_core.train.callbacks import Callback, ConsoleLoggerCallback, SpeedMonitorCallback, WandBCallback
 from olmo_core.utils import format_timedelta
 
-from .fingerprint import FILE_NAME
 from .flops import flops_per_token
 
 log = logging.getLogger(__name__)
@@ -271,19 +270,22 @@ class WandB(WandBCallback):
 
 
 @dataclass
-class AttentionFingerprint(Callback):
-    """Writes the attention's fingerprint into the run's folder and into every checkpoint.
+class CheckpointFiles(Callback):
+    """Writes small files into the run's folder and into every checkpoint: what it takes to use one by itself.
 
-    :param text: the fingerprint as JSON.
+    :param files: contents by file name.
     """
 
-    text: str = ""
+    files: dict[str, str] = field(default_factory=dict)
 
     def pre_train(self) -> None:
-        # A crash between a checkpoint and its fingerprint leaves the run's own to go by.
-        if get_rank() == 0 and self.text:
-            self.trainer.write_file(FILE_NAME, self.text, dir=self.trainer.save_folder)
+        # A crash between a checkpoint and its files leaves the run's own to go by.
+        self._write(self.trainer.save_folder)
 
     def post_checkpoint_saved(self, path: PathOrStr) -> None:
-        if get_rank() == 0 and self.text:
-            self.trainer.write_file(FILE_NAME, self.text, dir=path)
+        self._write(path)
+
+    def _write(self, folder: PathOrStr) -> None:
+        if get_rank() == 0:
+            for name, contents in self.files.items():
+                self.trainer.write_file(name, contents, dir=folder)

@@ -18,9 +18,11 @@ from olmo_core.train.callbacks import ConfigSaverCallback, ConsoleLoggerCallback
 from olmo_core.utils import seed_all
 
 from ..data.manifest import verify
-from .callbacks import AttentionFingerprint, MetricsFile, Progress, Throughput
+from .callbacks import CheckpointFiles, MetricsFile, Progress, Throughput
 from .config import ExperimentConfig
+from .fingerprint import FILE_NAME as FINGERPRINT_FILE
 from .fingerprint import Fingerprint, check_checkpoint
+from .generation import TOKENIZER_FILE
 from .remedies import apply_remedies
 
 log = logging.getLogger(__name__)
@@ -60,9 +62,8 @@ def build_trainer(config: ExperimentConfig) -> Trainer:
     }.items():
         if not _has(trainer_config.callbacks.values(), type(callback)):
             trainer_config.callbacks.setdefault(name, callback)
-    trainer_config.callbacks["attention_fingerprint"] = AttentionFingerprint(
-        text=Fingerprint.of(model_config).to_json()
-    )
+    files = {FINGERPRINT_FILE: Fingerprint.of(model_config).to_json(), **tokenizer_file(config)}
+    trainer_config.callbacks["checkpoint_files"] = CheckpointFiles(files)
     trainer = trainer_config.build(train_module, data_loader)
     saver = next(c for c in trainer.callbacks.values() if isinstance(c, ConfigSaverCallback))
     saver.config = config.replace(model=model_config).as_config_dict()
@@ -175,10 +176,22 @@ def data_files(config: ExperimentConfig) -> list[str]:
     return files
 
 
+def tokenizer_file(config: ExperimentConfig) -> dict[str, str]:
+    """The tokenizer that the data's manifest names, by the name under which checkpoints carry it; empty without one."""
+    folders = data_folders(config)
+    if not folders:
+        return {}
+    return {TOKENIZER_FILE: verify(folders[0]).tokenizer_path.read_text(encoding="utf-8")}
+
+
+def data_folders(config: ExperimentConfig) -> list[Path]:
+    """The local folders that hold a run's data files, each with its manifest."""
+    return sorted({Path(file).parent for file in data_files(config) if not is_url(file)})
+
+
 def check_data(config: ExperimentConfig, *, hashes: bool = False) -> None:
     """Raise unless the data are there and are what the config says."""
-    files = data_files(config)
-    for folder in sorted({Path(f).parent for f in files if not is_url(f)}):
+    for folder in data_folders(config):
         verify(
             folder,
             vocab_size=config.dataset.tokenizer.vocab_size,

@@ -17,6 +17,9 @@ from ..data.tokenizer import find_tokenizer, parse_tokenizer
 from .remedies import apply_remedies
 
 
+TOKENIZER_FILE = "tokenizer.json"
+
+
 def resolve_checkpoint(folder: str | Path) -> str:
     """A checkpoint folder itself, or the newest complete checkpoint of a run's folder.
 
@@ -41,10 +44,12 @@ def read_checkpoint_config(checkpoint: str | Path) -> dict[str, Any]:
         raise OLMoConfigurationError(f"{path} is missing: the checkpoint does not say what model it is") from None
 
 
-def load_tokenizer(identifier: str) -> Tokenizer:
-    """The tokenizer of a config: a file, or a name on the Hugging Face hub."""
-    data, _ = find_tokenizer(TokenizerSection(identifier=identifier))
-    return parse_tokenizer(data, identifier)
+def load_tokenizer(checkpoint: str | Path) -> Tokenizer:
+    """The tokenizer that a checkpoint carries, or else the one that its config names: a file, or one on the hub."""
+    own = Path(checkpoint) / TOKENIZER_FILE
+    name = str(own) if own.is_file() else read_checkpoint_config(checkpoint)["dataset"]["tokenizer"]["identifier"]
+    data, _ = find_tokenizer(TokenizerSection(identifier=name))
+    return parse_tokenizer(data, name)
 
 
 def load_generator(checkpoint: str, device: torch.device | None = None) -> TransformerGenerationModule:
@@ -67,8 +72,7 @@ def generate(
 
     :param temperature: 0 takes the likeliest token each time; otherwise tokens are drawn, from ``seed``.
     """
-    config = read_checkpoint_config(checkpoint)
-    tokenizer = load_tokenizer(config["dataset"]["tokenizer"]["identifier"])
+    tokenizer = load_tokenizer(checkpoint)
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     if not ids:
         raise OLMoConfigurationError("--prompt is empty: give at least one character")
