@@ -23,7 +23,7 @@ def dry_run(config: ExperimentConfig, console: Console | None = None) -> None:
     """Print the resolved config and what it costs. Builds the model on the meta device only."""
     console = console or Console()
     plain = json.loads(json.dumps(config.as_config_dict()))  # enums become the text they stand for
-    console.print(yaml.safe_dump(plain, sort_keys=False), markup=False, highlight=False)
+    console.print(yaml.safe_dump(plain, sort_keys=False), markup=False, highlight=False, soft_wrap=True)
     model = config.model_with_attention()
     patterns = list(layer_patterns(model))
     console.print(run_table(config))
