@@ -6,6 +6,7 @@ import itertools
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def check_cu_doc_lens(cu_doc_lens: Tensor, B: int, T: int, device: torch.device) -> None:
@@ -42,6 +43,32 @@ def document_starts(cu_doc_lens: Tensor, B: int, T: int) -> Tensor:
     start = cu_doc_lens[document].view(B, T)
     row = torch.arange(B, device=start.device, dtype=start.dtype)[:, None] * T
     return torch.clamp(start - row, min=0).to(torch.int32)
+
+
+def document_bounds(cu_doc_lens: Tensor, B: int, T: int) -> tuple[Tensor, Tensor]:
+    """For every token where in its row its document starts, and the position behind its end: int32 ``(B, T)`` each.
+
+    Made once per ``cu_doc_lens`` and shared by all layers; under torch.compile part of the graph.
+    """
+    if torch.compiler.is_compiling():
+        return _document_bounds(cu_doc_lens, B, T)
+    known = _bounds.setdefault(cu_doc_lens, {})
+    key = (B, T, cu_doc_lens._version)
+    if key not in known:
+        known[key] = _document_bounds(cu_doc_lens, B, T)
+    return known[key]
+
+
+_bounds: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _document_bounds(cu_doc_lens: Tensor, B: int, T: int) -> tuple[Tensor, Tensor]:
+    token = torch.arange(B * T, device=cu_doc_lens.device, dtype=cu_doc_lens.dtype)
+    document = torch.searchsorted(cu_doc_lens, token, right=True)
+    row = torch.arange(B, device=token.device, dtype=token.dtype)[:, None] * T
+    start = torch.clamp(cu_doc_lens[document - 1].view(B, T) - row, min=0)
+    end = torch.clamp(cu_doc_lens[document].view(B, T) - row, max=T)
+    return start.to(torch.int32), end.to(torch.int32)
 
 
 def document_spans(cu_doc_lens: Tensor, B: int, T: int) -> list[tuple[int, int, int]]:
