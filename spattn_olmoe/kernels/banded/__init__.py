@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...patterns import Pattern, interval_table
 from ..documents import document_bounds
-from .ops import banded_forward, is_interpreted
+from .ops import banded_decode, banded_forward, is_interpreted
 
-__all__ = ["is_interpreted", "run"]
+__all__ = ["decode", "is_interpreted", "run"]
 
 
 def run(
@@ -35,6 +35,22 @@ def run(
         q_BTHD, scale = -q_BTHD, -scale
     heads = local_intervals(pattern, head_offset, H)
     return banded_forward(q_BTHD, k_BTGD, v_BTGD, heads, scale, doc_start, doc_end)[0]
+
+
+def decode(
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGD: Tensor,
+    pattern: Pattern,
+    *,
+    start: Tensor,
+    leftpad: Tensor | None,
+    scale: float,
+    head_offset: int,
+) -> Tensor:
+    """Attention of a few queries to a KV cache, without gradients; see :func:`..cached.cached_attention`."""
+    heads = local_intervals(pattern, head_offset, q_BTHD.shape[2])
+    return banded_decode(q_BTHD, k_BSGD, v_BSGD, start, leftpad, heads, scale)
 
 
 def local_intervals(pattern: Pattern, head_offset: int, H: int) -> list[int]:

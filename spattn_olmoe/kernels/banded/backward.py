@@ -11,7 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import DEAD_TILES, full_tile, key_tiles, load_rows, locate, masked_tile, query_tiles, store_rows, store_zeros
+from .tiles import DEAD_TILES, full_tile, key_tiles, load_rows, locate, masked_tile, query_tiles, store_rows, store_zeros, within
+
+
+@triton.jit
+def _finite(lse):
+    """0 for the -inf of a row without keys: its weights are 0 then, where they would be NaN."""
+    return tl.where(lse == float("-inf"), 0.0, lse)
 
 
 @triton.jit
@@ -43,14 +49,13 @@ def _query_gradient(
     k = load_rows(k_base, k_stride, start, T, D, D_PAD, BN, MASKED)
     v = load_rows(v_base, v_stride, start, T, D, D_PAD, BN, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    weights = tl.math.exp2(scores * scale_log2 - lse[:, None])
     if MASKED:
         keys = start + tl.arange(0, BN)
-        distance = rows[:, None] - keys[None, :]
-        allowed = (distance >= lo) & (distance < hi)
+        allowed = within(rows[:, None], keys[None, :], lo, hi)
         if DOCS:
             allowed = allowed & (keys[None, :] >= doc_start[:, None])
-        weights = tl.where(allowed, weights, 0.0)  # also where a row has no key, of which the weights are inf
+        scores = tl.where(allowed, scores, float("-inf"))
+    weights = tl.math.exp2(scores * scale_log2 - lse[:, None])
     d_weights = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
     d_scores = weights * (d_weights - delta[:, None])
     return tl.dot(d_scores.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -118,7 +123,7 @@ def dq_kernel(
         delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
         per_row = (batch * H + head) * T + rows
         tl.store(delta_ptr + per_row, delta, mask=rows < T)
-        lse = tl.load(lse_ptr + per_row, mask=rows < T, other=0.0)
+        lse = _finite(tl.load(lse_ptr + per_row, mask=rows < T, other=0.0))
 
         doc_start = tl.zeros((BM,), tl.int32)
         doc_first, doc_last = 0, 0
@@ -185,19 +190,18 @@ def _key_gradients(
     q = load_rows(q_base, q_stride, start, T, D, D_PAD, BM, MASKED)
     d_out = load_rows(d_out_base, d_out_stride, start, T, D, D_PAD, BM, MASKED)
     if MASKED:
-        lse = tl.load(lse_base + rows, mask=rows < T, other=0.0)
+        lse = _finite(tl.load(lse_base + rows, mask=rows < T, other=0.0))
         delta = tl.load(delta_base + rows, mask=rows < T, other=0.0)
     else:
         lse = tl.load(lse_base + rows)
         delta = tl.load(delta_base + rows)
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    weights = tl.math.exp2(scores * scale_log2 - lse[None, :])
     if MASKED:
-        distance = rows[None, :] - keys[:, None]
-        allowed = (distance >= lo) & (distance < hi) & (rows < T)[None, :]
+        allowed = within(rows[None, :], keys[:, None], lo, hi)  # rows beyond T are zeros, and add zeros
         if DOCS:
             allowed = allowed & (rows[None, :] < doc_end[:, None])
-        weights = tl.where(allowed, weights, 0.0)  # also where a row has no key, of which the weights are inf
+        scores = tl.where(allowed, scores, float("-inf"))
+    weights = tl.math.exp2(scores * scale_log2 - lse[None, :])
     dv = tl.dot(weights.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
     d_weights = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
     d_scores = weights * (d_weights - delta[None, :])

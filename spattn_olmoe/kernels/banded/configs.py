@@ -7,7 +7,10 @@ a tile visits ``W + BM`` keys for the ``W`` that a query attends.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
+
+import torch
 
 
 class Config(NamedTuple):
@@ -19,27 +22,51 @@ class Config(NamedTuple):
     stages: int
 
 
-HALF: dict[str, dict[int, Config]] = {
-    "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
-    "dq": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
-    "dkdv": {64: Config(64, 128, 8, 2), 128: Config(64, 128, 8, 2), 256: Config(32, 64, 8, 2)},
-}
-"""bfloat16 and float16, by the largest padded head_dim that an entry serves."""
-
-FULL: dict[str, dict[int, Config]] = {
-    "forward": {64: Config(64, 32, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
-    "dq": {64: Config(64, 32, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
-    "dkdv": {64: Config(32, 64, 4, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
-}
-"""float32."""
+def generation(capability: tuple[int, int]) -> str:
+    """GPUs that share configurations: by tensor core, and by the shared memory that a program may use."""
+    if capability[0] == 9:
+        return "sm90"
+    if capability[0] in (10, 11):
+        return "sm100"
+    return "sm80" if capability in ((8, 0), (8, 7)) else "sm86"  # 99 KiB: 8.6, 8.9, 12.x
 
 
-def config(kernel: str, itemsize: int, d_pad: int) -> Config:
-    """The shipped configuration of ``forward``, ``dq`` or ``dkdv`` for elements of so many bytes."""
-    table = (HALF if itemsize == 2 else FULL)[kernel]
+@functools.cache
+def generation_of(device: torch.device) -> str:
+    """The generation of a device; ``"interpreter"`` for the CPU."""
+    return generation(torch.cuda.get_device_capability(device)) if device.type == "cuda" else "interpreter"
+
+
+def config(kernel: str, generation: str, itemsize: int, d_pad: int) -> Config:
+    """The shipped configuration of a kernel for elements of ``itemsize`` bytes.
+
+    :param kernel: ``forward``, ``dq``, ``dkdv``, or ``dkdv_grouped``, whose loop over query heads costs registers.
+    """
+    table = SHIPPED[generation][itemsize][kernel]
     return next(entry for largest, entry in table.items() if d_pad <= largest)
 
 
 def padded(head_dim: int) -> int:
     """head_dim rounded up to the power of two that the kernels compute with, at least 16."""
     return max(16, 1 << (head_dim - 1).bit_length())
+
+
+SHIPPED: dict[str, dict[int, dict[str, dict[int, Config]]]] = {
+    "sm90": {
+        2: {
+            "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
+            "dq": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+            "dkdv": {64: Config(64, 128, 8, 2), 128: Config(64, 128, 8, 3), 256: Config(32, 64, 8, 2)},
+        },
+    },
+    "interpreter": {
+        size: {
+            "forward": {256: Config(64, 32, 4, 1)},
+            "dq": {256: Config(64, 32, 4, 1)},
+            "dkdv": {256: Config(32, 64, 4, 1)},
+            "dkdv_grouped": {256: Config(32, 64, 4, 1)},
+        }
+        for size in (2, 4)
+    },
+}
+"""By :func:`generation`, bytes of an element, kernel, and the largest padded head_dim that an entry serves."""

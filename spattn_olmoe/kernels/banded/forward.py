@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import DEAD_TILES, full_tile, key_tiles, load_rows, locate, masked_tile, store_rows, store_zeros
+from .tiles import DEAD_TILES, full_tile, key_tiles, load_rows, locate, masked_tile, store_rows, store_zeros, within
 
 
 @triton.jit
@@ -43,8 +43,7 @@ def _attend(
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         keys = start + tl.arange(0, BN)
-        distance = rows[:, None] - keys[None, :]
-        allowed = (distance >= lo) & (distance < hi)
+        allowed = within(rows[:, None], keys[None, :], lo, hi)
         if DOCS:
             allowed = allowed & (keys[None, :] >= doc_start[:, None])
         scores = tl.where(allowed, scores, float("-inf"))

@@ -11,9 +11,10 @@ import triton
 from torch import Tensor
 
 from .backward import dkdv_kernel, dq_kernel
-from .configs import config, padded
+from .configs import config, generation_of, padded
+from .decode import decode_kernel, merge_kernel
 from .forward import forward_kernel
-from .plan import HeadIntervals, key_plan, query_plan
+from .plan import HeadIntervals, interval_tensor, key_plan, query_plan, width
 
 
 @torch.library.custom_op("spattn_olmoe::banded_forward", mutates_args=())
@@ -33,7 +34,7 @@ def banded_forward(
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
-    tile = config("forward", q.element_size(), padded(D))
+    tile = config("forward", generation_of(q.device), q.element_size(), padded(D))
     plan = query_plan(unflatten(intervals), T, tile.BM, q.device)
     forward_kernel[(plan.programs * B,)](
         q, k, v, out, lse, doc_start, plan.table, scale * math.log2(math.e),
@@ -69,14 +70,14 @@ def banded_backward(
     shape: dict[str, Any] = {"H": H, "GROUP": H // G, "D": D, "D_PAD": padded(D), "PRECISION": precision(q.dtype)}
     scales = scale, scale * math.log2(math.e)
 
-    tile = config("dq", q.element_size(), padded(D))
+    tile = config("dq", generation_of(q.device), q.element_size(), padded(D))
     plan = query_plan(heads, T, tile.BM, q.device)
     dq_kernel[(plan.programs * B,)](
         q, k, v, out, d_out, lse, delta, dq, doc_start, plan.table, *scales, *strides, B, T,
         **shape, BM=tile.BM, BN=tile.BN, SLOTS=plan.slots, DOCS=doc_start is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    tile = config("dkdv", q.element_size(), padded(D))
+    tile = config("dkdv" if G == H else "dkdv_grouped", generation_of(q.device), q.element_size(), padded(D))
     plan = key_plan(heads, H // G, T, tile.BN, q.device)
     dkdv_kernel[(plan.programs * B,)](
         q, k, v, d_out, lse, delta, dk, dv, doc_end, plan.table, *scales, *strides, B, T,
@@ -112,6 +113,58 @@ def _backward(ctx: Any, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor | N
 
 
 banded_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("spattn_olmoe::banded_decode", mutates_args=())
+def banded_decode(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor, leftpad: Tensor | None, intervals: Sequence[int], scale: float
+) -> Tensor:
+    """Attention of a few queries over distance intervals of a cache. No gradients, no host synchronisation.
+
+    :param q: ``(B, T, H, D)``; ``k`` and ``v``: ``(B, S, G, D)``, of any floating dtype.
+    :param start: position of the first query in the cache, int of one element or ``(B,)``.
+    :param leftpad: keys before it are not attended, int ``(B,)``.
+    :param intervals: ``lo, hi, lo, hi`` of each local head, flat.
+    """
+    B, T, H, D = q.shape
+    S = k.shape[1]
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
+    heads = unflatten(intervals)
+    d_pad = padded(D)
+    splits = _splits(B * T * H, max(width(pair, S) for pair in heads), q.device)
+    out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
+    partial = out
+    if splits > 1:
+        partial = torch.empty((B, T, H, splits, d_pad + 2), dtype=torch.float32, device=q.device)
+    decode_kernel[(splits, H, B * T)](
+        q, k, v, out, partial, start, leftpad, interval_tensor(heads, q.device), scale * math.log2(math.e),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], start.stride(0) if start.numel() > 1 else 0, T, S,
+        H=H, GROUP=H // k.shape[2], D=D, D_PAD=d_pad, BN=max(16, 8192 // d_pad), SPLITS=splits,
+        PADDED=leftpad is not None, num_warps=4,
+    )  # fmt: skip
+    if splits > 1:
+        merge_kernel[(H, B * T)](partial, out, H=H, D=D, D_PAD=d_pad, SPLITS=splits, num_warps=4)
+    return out
+
+
+@banded_decode.register_fake
+def _(q, k, v, start, leftpad, intervals, scale):
+    return q.new_empty(q.shape)
+
+
+MAX_SPLITS = 32
+KEYS_PER_SPLIT = 256
+"""Fewer keys than this are not worth a program of their own, and the merging."""
+
+
+def _splits(rows: int, keys: int, device: torch.device) -> int:
+    """Programs that share one query's keys, a power of two: enough to fill the GPU, each with enough to do.
+
+    :param rows: queries times heads; ``keys``: the most keys that one of them has.
+    """
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    wanted = min(4 * processors // rows, keys // KEYS_PER_SPLIT, MAX_SPLITS)
+    return 1 << max(wanted.bit_length() - 1, 0)
 
 
 def unflatten(intervals: Sequence[int]) -> HeadIntervals:

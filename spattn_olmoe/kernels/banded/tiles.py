@@ -96,6 +96,22 @@ def full_tile(t, full0, begin0, left0, begin1, left1, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def within_cache(intervals_ptr, head, index: tl.constexpr, position, pad, S):
+    """Keys of one interval for the query at ``position`` of a cache of ``S``, behind its padding: ``(begin, length)``."""
+    lo = tl.load(intervals_ptr + head * 4 + index * 2)
+    hi = tl.load(intervals_ptr + head * 4 + index * 2 + 1)
+    begin = tl.maximum(position - hi + 1, pad)
+    length = tl.minimum(position - lo + 1, S) - begin
+    return begin, tl.where(lo < hi, tl.maximum(length, 0), 0)
+
+
+@triton.jit
+def within(rows, keys, lo, hi):
+    """Where ``lo <= rows - keys < hi``: one unsigned comparison, below ``lo`` wraps around to far above."""
+    return ((rows - lo) - keys).to(tl.uint32) < (hi - lo).to(tl.uint32)
+
+
+@triton.jit
 def load_rows(
     base, stride, start, T, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, RAGGED: tl.constexpr
 ):
