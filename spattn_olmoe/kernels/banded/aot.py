@@ -43,11 +43,13 @@ def compile_kernel(
     heads: int = 16,
     group: int = 1,
     tile: Config | None = None,
+    multiply: str = "ieee",
 ) -> dict[str, Any]:
     """Compile one kernel and return its configuration and resources; ``ptx`` holds the assembly.
 
     :param kernel: ``forward``, ``dq`` or ``dkdv``; ``capability``: 90 for sm_90.
     :param group: query heads per key/value head; ``tile``: in place of the shipped configuration.
+    :param multiply: of float32: ``ieee`` or ``tf32``.
     """
     pointer, itemsize = _ELEMENT[dtype]
     d_pad = padded(head_dim)
@@ -56,7 +58,7 @@ def compile_kernel(
         tile = config(name, generation(divmod(capability, 10)), itemsize, d_pad)
     constants = {
         "H": heads, "GROUP": group, "D": head_dim, "D_PAD": d_pad, "BM": tile.BM, "BN": tile.BN,
-        "SLOTS": 1 << (2 * heads - 1).bit_length(), "DOCS": docs, "PRECISION": "ieee",
+        "SLOTS": 1 << (2 * heads - 1).bit_length(), "DOCS": docs, "PRECISION": multiply,
     }  # fmt: skip
     if not docs:
         constants |= {"doc_start_ptr": None, "doc_end_ptr": None}

@@ -42,7 +42,8 @@ def config(kernel: str, generation: str, itemsize: int, d_pad: int) -> Config:
 
     :param kernel: ``forward``, ``dq``, ``dkdv``, or ``dkdv_grouped``, whose loop over query heads costs registers.
     """
-    table = SHIPPED[generation][itemsize][kernel]
+    kernels = SHIPPED[generation][itemsize]
+    table = kernels.get(kernel) or kernels[kernel.removesuffix("_grouped")]
     return next(entry for largest, entry in table.items() if d_pad <= largest)
 
 
@@ -51,22 +52,56 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+_FLOAT32: dict[str, dict[int, Config]] = {
+    "forward": {64: Config(64, 32, 8, 2), 256: Config(16, 16, 8, 1)},
+    "dq": {64: Config(64, 32, 8, 2), 128: Config(32, 32, 4, 2), 256: Config(16, 16, 4, 1)},
+    "dkdv": {64: Config(16, 32, 4, 2), 256: Config(16, 32, 8, 1)},
+}
+"""Exact float32 products use no tensor core and many registers: small tiles, for checking results, not for speed."""
+
+_INTERPRETED: dict[str, dict[int, Config]] = {
+    "forward": {256: Config(64, 32, 4, 1)},
+    "dq": {256: Config(64, 32, 4, 1)},
+    "dkdv": {256: Config(32, 64, 4, 1)},
+}
+
 SHIPPED: dict[str, dict[int, dict[str, dict[int, Config]]]] = {
+    "sm80": {
+        2: {
+            "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 64, 8, 2)},
+            "dq": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 2)},
+            "dkdv": {64: Config(32, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2)},
+            "dkdv_grouped": {64: Config(32, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 2)},
+        },
+        4: _FLOAT32,
+    },
+    "sm86": {
+        2: {
+            "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
+            "dq": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(32, 32, 4, 2)},
+            "dkdv": {64: Config(32, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 2)},
+            "dkdv_grouped": {64: Config(32, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 2)},
+        },
+        4: _FLOAT32,
+    },
     "sm90": {
         2: {
-            "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
+            "forward": {128: Config(128, 64, 8, 3), 256: Config(128, 64, 8, 2)},
             "dq": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
-            "dkdv": {64: Config(64, 128, 8, 2), 128: Config(64, 128, 8, 3), 256: Config(32, 64, 8, 2)},
+            "dkdv": {128: Config(64, 128, 8, 3), 256: Config(32, 32, 8, 2)},
+            "dkdv_grouped": {64: Config(64, 128, 8, 3), 128: Config(32, 128, 8, 2), 256: Config(16, 64, 8, 2)},
         },
+        4: _FLOAT32,
     },
-    "interpreter": {
-        size: {
-            "forward": {256: Config(64, 32, 4, 1)},
-            "dq": {256: Config(64, 32, 4, 1)},
-            "dkdv": {256: Config(32, 64, 4, 1)},
-            "dkdv_grouped": {256: Config(32, 64, 4, 1)},
-        }
-        for size in (2, 4)
+    "sm100": {
+        2: {
+            "forward": {128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
+            "dq": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+            "dkdv": {128: Config(64, 128, 8, 2), 256: Config(32, 32, 8, 2)},
+            "dkdv_grouped": {64: Config(64, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 2)},
+        },
+        4: _FLOAT32,
     },
+    "interpreter": {2: _INTERPRETED, 4: _INTERPRETED},
 }
 """By :func:`generation`, bytes of an element, kernel, and the largest padded head_dim that an entry serves."""

@@ -45,7 +45,7 @@ class _Slot(NamedTuple):
 def query_plan(heads: HeadIntervals, T: int, tile: int, device: torch.device) -> Plan:
     """Programs over query tiles. A head's first ``lo`` queries have no key; the heaviest heads come first."""
     n_tiles = -(-T // tile)
-    first = [min(nearest(pair, T) // tile, n_tiles) for pair in heads]
+    first = [nearest(pair, T) // tile if nearest(pair, T) < T else n_tiles for pair in heads]
     order = sorted(range(len(heads)), key=lambda h: -width(heads[h], T))
     slots = [_Slot(h, first[h], n_tiles, dead=False) for h in order]
     slots += [_Slot(h, 0, first[h], dead=True) for h in order]
