@@ -47,14 +47,14 @@ def cached_attention(
     _check(q_BTHD, k_BSGD, v_BSGD, pattern, start, leftpad, head_offset)
     if scale is None:
         scale = q_BTHD.shape[3] ** -0.5
-    reason = _decode_unsuitable(q_BTHD, k_BSGD, v_BSGD, pattern)
     if impl == "auto":
-        short = 0 < q_BTHD.shape[1] <= DECODE_QUERIES and q_BTHD.shape[0] > 0
-        impl = "triton" if q_BTHD.device.type == "cuda" and short and reason is None else "sdpa"
+        decoding = q_BTHD.device.type == "cuda" and 0 < q_BTHD.shape[1] <= DECODE_QUERIES and q_BTHD.shape[0] > 0
+        impl = "triton" if decoding and not _decode_unsuitable(q_BTHD, k_BSGD, v_BSGD, pattern) else "sdpa"
     if impl == "sdpa":
         return _masked(q_BTHD, k_BSGD, v_BSGD, pattern, start, leftpad, scale, head_offset)
     if impl != "triton":
         raise ValueError(f"impl={impl!r} is unknown (known: auto, sdpa, triton)")
+    reason = _decode_unsuitable(q_BTHD, k_BSGD, v_BSGD, pattern)
     if reason:
         raise ValueError(f"impl='triton' {reason}")
     from . import banded

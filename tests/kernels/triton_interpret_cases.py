@@ -285,7 +285,7 @@ def test_refuses_what_it_cannot_compute():
     pattern = build("spattention", 4, 64)
     with pytest.raises(ValueError, match="'longformer' is not made of"):
         attention(q, k, v, build("longformer", 4, 64), impl="triton")
-    with pytest.raises(ValueError, match="not torch.float64"):
+    with pytest.raises(ValueError, match="not torch"):
         attention(q.double(), k.double(), v.double(), pattern, impl="triton")
     with pytest.raises(ValueError, match="cannot multiply bfloat16"):
         attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), pattern, impl="triton")

@@ -5,11 +5,11 @@ Nothing of this package is imported before it is needed, so the rest works where
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ...patterns import Pattern, interval_table
+from ...patterns import Pattern
 from ..documents import document_bounds
+from ..fastest import constant_table
 from .ops import banded_decode, banded_forward, is_interpreted
 
 __all__ = ["decode", "is_interpreted", "run"]
@@ -55,9 +55,6 @@ def decode(
 
 def local_intervals(pattern: Pattern, head_offset: int, H: int) -> list[int]:
     """``lo, hi, lo, hi`` of ``H`` heads from ``head_offset`` on, flat."""
-    table = interval_table(pattern)
+    table = constant_table(pattern)
     assert table is not None, "the front door sends only patterns that are intervals"
     return [bound for head in table[head_offset : head_offset + H] for pair in head for bound in pair]
-
-
-torch.compiler.assume_constant_result(local_intervals)

@@ -11,7 +11,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import DEAD_TILES, full_tile, key_tiles, load_rows, locate, masked_tile, query_tiles, store_rows, store_zeros, within
+from .tiles import (
+    DEAD_TILES,
+    full_tile,
+    key_tiles,
+    load_rows,
+    locate,
+    masked_tile,
+    query_tiles,
+    store_rows,
+    store_zeros,
+    within,
+)
 
 
 @triton.jit
@@ -143,14 +154,14 @@ def dq_kernel(
         v_base = v_ptr + batch * v_stride_b + group * v_stride_h
 
         dq = tl.zeros((BM, D_PAD), tl.float32)
-        for t in range(0, masked0 + masked1):
+        for t in range(masked0 + masked1):
             start, second = masked_tile(t, masked0, begin0, left0, full0, begin1, left1, full1, BN)
             lo, hi = tl.where(second, lo1, lo0), tl.where(second, hi1, hi0)
             dq = _query_gradient(
                 dq, q, d_out, lse, delta, k_base, v_base, k_stride_t, v_stride_t, rows, doc_start, start, lo, hi, T,
                 scale_log2, D, D_PAD, BN, True, DOCS, PRECISION,
             )  # fmt: skip
-        for t in range(0, full0 + full1):
+        for t in range(full0 + full1):
             start = full_tile(t, full0, begin0, left0, begin1, left1, BN)
             dq = _query_gradient(
                 dq, q, d_out, lse, delta, k_base, v_base, k_stride_t, v_stride_t, rows, doc_start, start, 0, 0, T,
@@ -278,7 +289,7 @@ def dkdv_kernel(
 
         dk = tl.zeros((BN, D_PAD), tl.float32)
         dv = tl.zeros((BN, D_PAD), tl.float32)
-        for member in range(0, GROUP):
+        for member in range(GROUP):
             head = group * GROUP + member
             head64 = head.to(tl.int64)
             lo0, hi0, begin0, masked0, left0, full0 = query_tiles(
@@ -291,14 +302,14 @@ def dkdv_kernel(
             d_out_base = d_out_ptr + batch * d_out_stride_b + head64 * d_out_stride_h
             lse_base = lse_ptr + (batch * H + head) * T
             delta_base = delta_ptr + (batch * H + head) * T
-            for t in range(0, masked0 + masked1):
+            for t in range(masked0 + masked1):
                 start, second = masked_tile(t, masked0, begin0, left0, full0, begin1, left1, full1, BM)
                 lo, hi = tl.where(second, lo1, lo0), tl.where(second, hi1, hi0)
                 dk, dv = _key_gradients(
                     dk, dv, k, v, q_base, d_out_base, q_stride_t, d_out_stride_t, lse_base, delta_base, keys, doc_end,
                     start, lo, hi, T, scale_log2, D, D_PAD, BM, True, DOCS, PRECISION,
                 )  # fmt: skip
-            for t in range(0, full0 + full1):
+            for t in range(full0 + full1):
                 start = full_tile(t, full0, begin0, left0, begin1, left1, BM)
                 dk, dv = _key_gradients(
                     dk, dv, k, v, q_base, d_out_base, q_stride_t, d_out_stride_t, lse_base, delta_base, keys, doc_end,

@@ -94,9 +94,7 @@ def decode_kernel(
 
 
 @triton.jit
-def merge_kernel(
-    partial_ptr, out_ptr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, SPLITS: tl.constexpr
-):
+def merge_kernel(partial_ptr, out_ptr, H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, SPLITS: tl.constexpr):
     """Merge the splits of every row of ``partial`` into ``out``; zeros for a row without keys. Grid ``(H, B * T)``."""
     row = tl.program_id(1).to(tl.int64) * H + tl.program_id(0)
     split, d = tl.arange(0, SPLITS), tl.arange(0, D_PAD)

@@ -127,7 +127,9 @@ def forward_kernel(
         lo1, hi1, begin1, masked1, left1, full1 = key_tiles(
             plan_ptr, head, 1, first, last, doc_first, doc_last, BN, SLOTS
         )
-        q = load_rows(q_ptr + batch * q_stride_b + head.to(tl.int64) * q_stride_h, q_stride_t, first, T, D, D_PAD, BM, True)
+        q = load_rows(
+            q_ptr + batch * q_stride_b + head.to(tl.int64) * q_stride_h, q_stride_t, first, T, D, D_PAD, BM, True
+        )
         group = (head // GROUP).to(tl.int64)
         k_base = k_ptr + batch * k_stride_b + group * k_stride_h
         v_base = v_ptr + batch * v_stride_b + group * v_stride_h
@@ -135,14 +137,14 @@ def forward_kernel(
         acc = tl.zeros((BM, D_PAD), tl.float32)
         row_max = tl.full((BM,), float("-inf"), tl.float32)
         row_sum = tl.zeros((BM,), tl.float32)
-        for t in range(0, masked0 + masked1):
+        for t in range(masked0 + masked1):
             start, second = masked_tile(t, masked0, begin0, left0, full0, begin1, left1, full1, BN)
             lo, hi = tl.where(second, lo1, lo0), tl.where(second, hi1, hi0)
             acc, row_max, row_sum = _attend(
                 q, acc, row_max, row_sum, k_base, v_base, k_stride_t, v_stride_t, rows, doc_start, start, lo, hi, T,
                 scale_log2, D, D_PAD, BN, True, DOCS, PRECISION,
             )  # fmt: skip
-        for t in range(0, full0 + full1):
+        for t in range(full0 + full1):
             start = full_tile(t, full0, begin0, left0, begin1, left1, BN)
             acc, row_max, row_sum = _attend(
                 q, acc, row_max, row_sum, k_base, v_base, k_stride_t, v_stride_t, rows, doc_start, start, 0, 0, T,

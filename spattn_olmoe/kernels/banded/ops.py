@@ -10,16 +10,23 @@ import torch
 import triton
 from torch import Tensor
 
+from ..fastest import HeadIntervals
 from .backward import dkdv_kernel, dq_kernel
 from .configs import config, generation_of, padded
 from .decode import decode_kernel, merge_kernel
 from .forward import forward_kernel
-from .plan import HeadIntervals, interval_tensor, key_plan, query_plan, width
+from .plan import interval_tensor, key_plan, query_plan, width
 
 
 @torch.library.custom_op("spattn_olmoe::banded_forward", mutates_args=())
 def banded_forward(
-    q: Tensor, k: Tensor, v: Tensor, intervals: Sequence[int], scale: float, doc_start: Tensor | None, doc_end: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    intervals: Sequence[int],
+    scale: float,
+    doc_start: Tensor | None,
+    doc_end: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over distance intervals.
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ...patterns.base import Interval
-
-HeadIntervals = tuple[tuple[Interval, Interval], ...]
+from ..fastest import HeadIntervals
 
 DEAD_TILES = 8  # what tiles.DEAD_TILES says to the kernels
 _NEVER = 2**31 - 1

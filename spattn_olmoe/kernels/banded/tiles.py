@@ -52,7 +52,9 @@ def split(begin, end, full_begin, full_end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def key_tiles(plan_ptr, head, index: tl.constexpr, first, last, doc_first, doc_last, BN: tl.constexpr, SLOTS: tl.constexpr):
+def key_tiles(
+    plan_ptr, head, index: tl.constexpr, first, last, doc_first, doc_last, BN: tl.constexpr, SLOTS: tl.constexpr
+):
     """Key tiles of one interval for the queries ``first..last``: ``(lo, hi, begin, masked, left, full)``.
 
     :param doc_first: where the document of the first query starts; ``doc_last``: of the last one.
@@ -65,7 +67,9 @@ def key_tiles(plan_ptr, head, index: tl.constexpr, first, last, doc_first, doc_l
 
 
 @triton.jit
-def query_tiles(plan_ptr, head, index: tl.constexpr, first, last, doc_first, doc_last, BM: tl.constexpr, SLOTS: tl.constexpr):
+def query_tiles(
+    plan_ptr, head, index: tl.constexpr, first, last, doc_first, doc_last, BM: tl.constexpr, SLOTS: tl.constexpr
+):
     """Query tiles of one interval for the keys ``first..last``: ``(lo, hi, begin, masked, left, full)``.
 
     :param doc_first: where the document of the first key ends (at most ``T``); ``doc_last``: of the last one.
@@ -112,9 +116,7 @@ def within(rows, keys, lo, hi):
 
 
 @triton.jit
-def load_rows(
-    base, stride, start, T, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, RAGGED: tl.constexpr
-):
+def load_rows(base, stride, start, T, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, RAGGED: tl.constexpr):
     """Rows ``start..start + ROWS`` of one head, ``(ROWS, D_PAD)``; zeros beyond ``T`` (if RAGGED) and beyond ``D``.
 
     The tile's own offset is 64 bits wide: a position times a stride may exceed 2^31 at 128k tokens.
