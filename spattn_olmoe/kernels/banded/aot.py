@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--config", nargs="+", type=int, help="BM BN WARPS STAGES, of one or several configurations")
     args = parser.parse_args()
     numbers = args.config or []
-    tiles = [Config(*numbers[i : i + 4]) for i in range(0, len(numbers), 4)] or [None]
+    tiles: list[Config | None] = [Config(*numbers[i : i + 4]) for i in range(0, len(numbers), 4)] or [None]
     for capability in args.capability:
         for dtype in args.dtype:
             for head_dim in args.head_dim:
