@@ -93,7 +93,8 @@ def _settings(args: argparse.Namespace, device: str) -> list[Setting]:
             parts = shape.split("x")
             if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
                 raise ValueError(f"--settings {shape!r}: must be BxHxN, such as 1x8x4096")
-            settings.append(Setting(*map(int, parts), D))
+            B, H, N = map(int, parts)
+            settings.append(Setting(B, H, N, D))
     return settings
 
 
@@ -182,7 +183,8 @@ def gate(attend: Attend | None, label: str, H: int, D: int, dtype: torch.dtype, 
     xs = [torch.randn(shape, dtype=dtype, device=device, generator=generator) for _ in range(4)]
     pattern = _build("standard" if label == "dense" else label, H, GATE_LENGTH)
     exact = [x.double().requires_grad_() for x in xs[:3]]
-    expected_out = attention(*exact, pattern, impl="reference")
+    q, k, v = exact
+    expected_out = attention(q, k, v, pattern, impl="reference")
     expected = (expected_out, *torch.autograd.grad(expected_out, exact, xs[3].double()))
     try:
         inputs = [x.requires_grad_() for x in xs[:3]]

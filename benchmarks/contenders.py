@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +44,9 @@ def dense(device: str, T: int, H: int) -> tuple[dict[str, Attend], dict[str, str
 def banded(device: str, pattern: Pattern, T: int) -> tuple[dict[str, Attend], dict[str, str]]:
     """Attention under a pattern by name, ``ours`` among them, and why a name is missing."""
     if device == "cpu":
-        mask = pattern.dense_mask(T)[None]
         return {
             "ours": lambda q, k, v: attention(q, k, v, pattern, impl="cpu"),
-            "sdpa masked": lambda q, k, v: F.scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask
-            ).transpose(1, 2),
+            "sdpa masked": _sdpa(mask=pattern.dense_mask(T)[None]),
         }, {}
     found: dict[str, Attend] = {
         "ours": lambda q, k, v: attention(q, k, v, pattern, impl="triton"),
@@ -62,13 +60,14 @@ def banded(device: str, pattern: Pattern, T: int) -> tuple[dict[str, Attend], di
     return found, missing
 
 
-def _sdpa(backend: SDPBackend | None = None) -> Attend:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if backend is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+def _sdpa(backend: SDPBackend | None = None, mask: Tensor | None = None) -> Attend:
+    """PyTorch's attention: causal, or under a dense mask; on a GPU by one of its kernels and no other."""
+
+    def attend(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
+        q, k, v = q_BTHD.transpose(1, 2), k_BTHD.transpose(1, 2), v_BTHD.transpose(1, 2)
+        with nullcontext() if backend is None else sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return out.transpose(1, 2)
 
     return attend
 
