@@ -12,7 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
-SUBCOMMANDS = {"attention": "ours against other kernels, under every distance mask"}
+SUBCOMMANDS = {
+    "attention": "ours against other kernels, under every distance mask",
+    "tune": "tile configurations of the fused kernels on this GPU",
+}
 
 
 def main() -> int:

@@ -115,8 +115,7 @@ def choose(
         impl = fastest(_kind(pattern, T, documents), cuda_capability())
         if unsuitable(impl, device_type, pattern, T, documents, dtype, head_dim):
             impl = "flex"
-    if not torch.compiler.is_compiling():
-        _say_once(pattern.name, device_type, impl)
+    _say(pattern.name, device_type, impl)
     return impl
 
 
@@ -150,6 +149,11 @@ def _kind(pattern: Pattern, T: int, documents: bool) -> str:
 def _is_dense(pattern: Pattern, T: int) -> bool:
     table = constant_table(pattern)
     return table is not None and all(head[0][0] == 0 and head[0][1] >= T for head in table)
+
+
+@torch.compiler.assume_constant_result  # said while a graph is traced, and no part of it
+def _say(name: str, device_type: str, impl: str) -> None:
+    _say_once(name, device_type, impl)
 
 
 @functools.cache

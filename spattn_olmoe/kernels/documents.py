@@ -52,7 +52,7 @@ def document_bounds(cu_doc_lens: Tensor, B: int, T: int) -> tuple[Tensor, Tensor
 
     Made once per ``cu_doc_lens`` and shared by all layers; under torch.compile part of the graph.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or cu_doc_lens.is_inference():  # nothing to know a change by
         return _document_bounds(cu_doc_lens, B, T)
     known = _bounds.setdefault(cu_doc_lens, {})
     key = (B, T, cu_doc_lens._version)

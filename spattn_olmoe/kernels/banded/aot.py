@@ -22,13 +22,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .backward import dkdv_kernel, dq_kernel
-from .configs import Config, config, generation, padded
+from .configs import Config, config, decode_config, generation, padded
+from .decode import decode_kernel, merge_kernel
 from .forward import forward_kernel
 
-KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}
+KERNELS = {
+    "forward": forward_kernel,
+    "dq": dq_kernel,
+    "dkdv": dkdv_kernel,
+    "decode": decode_kernel,
+    "merge": merge_kernel,
+}
 _ELEMENT = {"bf16": ("*bf16", 2), "fp16": ("*fp16", 2), "fp32": ("*fp32", 4)}
-_IN_FLOAT32 = ("lse_ptr", "delta_ptr")
-_IN_INT32 = ("plan_ptr", "doc_start_ptr", "doc_end_ptr")
+_IN_FLOAT32 = ("lse_ptr", "delta_ptr", "partial_ptr")
+_IN_INT32 = ("plan_ptr", "doc_start_ptr", "doc_end_ptr", "start_ptr", "leftpad_ptr", "intervals_ptr")
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes of shared memory that one program may use, by compute capability (CUDA C++ Programming Guide)."""
 
@@ -47,21 +54,24 @@ def compile_kernel(
 ) -> dict[str, Any]:
     """Compile one kernel and return its configuration and resources; ``ptx`` holds the assembly.
 
-    :param kernel: ``forward``, ``dq`` or ``dkdv``; ``capability``: 90 for sm_90.
+    :param kernel: ``forward``, ``dq``, ``dkdv``, ``decode`` or ``merge``; ``capability``: 90 for sm_90.
+    :param docs: with documents; for decoding, with padding.
     :param group: query heads per key/value head; ``tile``: in place of the shipped configuration.
     :param multiply: of float32: ``ieee`` or ``tf32``.
     """
     pointer, itemsize = _ELEMENT[dtype]
     d_pad = padded(head_dim)
-    if tile is None:
+    if kernel in ("decode", "merge"):
+        tile = decode_config(d_pad)
+    elif tile is None:
         name = "dkdv_grouped" if kernel == "dkdv" and group > 1 else kernel
         tile = config(name, generation(divmod(capability, 10)), itemsize, d_pad)
     constants = {
         "H": heads, "GROUP": group, "D": head_dim, "D_PAD": d_pad, "BM": tile.BM, "BN": tile.BN,
-        "SLOTS": 1 << (2 * heads - 1).bit_length(), "DOCS": docs, "PRECISION": multiply,
+        "SLOTS": 1 << (2 * heads - 1).bit_length(), "DOCS": docs, "PRECISION": multiply, "SPLITS": 8, "PADDED": docs,
     }  # fmt: skip
     if not docs:
-        constants |= {"doc_start_ptr": None, "doc_end_ptr": None}
+        constants |= {"doc_start_ptr": None, "doc_end_ptr": None, "leftpad_ptr": None}
     function = KERNELS[kernel]
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     source = ASTSource(
@@ -121,7 +131,7 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=["forward", "dq", "dkdv"])
     parser.add_argument("--capability", nargs="+", type=int, default=[90])
     parser.add_argument("--dtype", nargs="+", choices=_ELEMENT, default=["bf16"])
     parser.add_argument("--head-dim", nargs="+", type=int, default=[128])

@@ -47,6 +47,11 @@ def config(kernel: str, generation: str, itemsize: int, d_pad: int) -> Config:
     return next(entry for largest, entry in table.items() if d_pad <= largest)
 
 
+def decode_config(d_pad: int) -> Config:
+    """Decoding: one query, and as many keys at a time as fit the registers of four warps. No pipeline: no product."""
+    return Config(BM=1, BN=max(16, 8192 // d_pad), warps=4, stages=1)
+
+
 def padded(head_dim: int) -> int:
     """head_dim rounded up to the power of two that the kernels compute with, at least 16."""
     return max(16, 1 << (head_dim - 1).bit_length())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..fastest import HeadIntervals
 from .backward import dkdv_kernel, dq_kernel
-from .configs import config, generation_of, padded
+from .configs import config, decode_config, generation_of, padded
 from .decode import decode_kernel, merge_kernel
 from .forward import forward_kernel
 from .plan import interval_tensor, key_plan, query_plan, width
@@ -43,12 +43,13 @@ def banded_forward(
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     tile = config("forward", generation_of(q.device), q.element_size(), padded(D))
     plan = query_plan(unflatten(intervals), T, tile.BM, q.device)
-    forward_kernel[(plan.programs * B,)](
-        q, k, v, out, lse, doc_start, plan.table, scale * math.log2(math.e),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], B, T,
-        H=H, GROUP=H // k.shape[2], D=D, D_PAD=padded(D), BM=tile.BM, BN=tile.BN, SLOTS=plan.slots,
-        DOCS=doc_start is not None, PRECISION=precision(q.dtype), num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        forward_kernel[(plan.programs * B,)](
+            q, k, v, out, lse, doc_start, plan.table, scale * math.log2(math.e),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], B, T,
+            H=H, GROUP=H // k.shape[2], D=D, D_PAD=padded(D), BM=tile.BM, BN=tile.BN, SLOTS=plan.slots,
+            DOCS=doc_start is not None, PRECISION=precision(q.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     return out, lse
 
 
@@ -79,18 +80,20 @@ def banded_backward(
 
     tile = config("dq", generation_of(q.device), q.element_size(), padded(D))
     plan = query_plan(heads, T, tile.BM, q.device)
-    dq_kernel[(plan.programs * B,)](
-        q, k, v, out, d_out, lse, delta, dq, doc_start, plan.table, *scales, *strides, B, T,
-        **shape, BM=tile.BM, BN=tile.BN, SLOTS=plan.slots, DOCS=doc_start is not None,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        dq_kernel[(plan.programs * B,)](
+            q, k, v, out, d_out, lse, delta, dq, doc_start, plan.table, *scales, *strides, B, T,
+            **shape, BM=tile.BM, BN=tile.BN, SLOTS=plan.slots, DOCS=doc_start is not None,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     tile = config("dkdv" if G == H else "dkdv_grouped", generation_of(q.device), q.element_size(), padded(D))
     plan = key_plan(heads, H // G, T, tile.BN, q.device)
-    dkdv_kernel[(plan.programs * B,)](
-        q, k, v, d_out, lse, delta, dk, dv, doc_end, plan.table, *scales, *strides, B, T,
-        **shape, BM=tile.BM, BN=tile.BN, SLOTS=plan.slots, DOCS=doc_end is not None,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        dkdv_kernel[(plan.programs * B,)](
+            q, k, v, d_out, lse, delta, dk, dv, doc_end, plan.table, *scales, *strides, B, T,
+            **shape, BM=tile.BM, BN=tile.BN, SLOTS=plan.slots, DOCS=doc_end is not None,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     return dq, dk, dv
 
 
@@ -138,19 +141,22 @@ def banded_decode(
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     heads = unflatten(intervals)
     d_pad = padded(D)
+    tile = decode_config(d_pad)
     splits = _splits(B * T * H, max(width(pair, S) for pair in heads), q.device)
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     partial = out
     if splits > 1:
         partial = torch.empty((B, T, H, splits, d_pad + 2), dtype=torch.float32, device=q.device)
-    decode_kernel[(splits, H, B * T)](
-        q, k, v, out, partial, start, leftpad, interval_tensor(heads, q.device), scale * math.log2(math.e),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], start.stride(0) if start.numel() > 1 else 0, T, S,
-        H=H, GROUP=H // k.shape[2], D=D, D_PAD=d_pad, BN=max(16, 8192 // d_pad), SPLITS=splits,
-        PADDED=leftpad is not None, num_warps=4,
-    )  # fmt: skip
-    if splits > 1:
-        merge_kernel[(H, B * T)](partial, out, H=H, D=D, D_PAD=d_pad, SPLITS=splits, num_warps=4)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        decode_kernel[(splits, H, B * T)](
+            q, k, v, out, partial, start, leftpad, interval_tensor(heads, q.device), scale * math.log2(math.e),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], start.stride(0) if start.numel() > 1 else 0, T, S,
+            H=H, GROUP=H // k.shape[2], D=D, D_PAD=d_pad, BN=tile.BN, SPLITS=splits,
+            PADDED=leftpad is not None, num_warps=tile.warps,
+        )  # fmt: skip
+        if splits > 1:
+            merge_kernel[(H, B * T)](partial, out, H=H, D=D, D_PAD=d_pad, SPLITS=splits, num_warps=tile.warps)
+
     return out
 
 
