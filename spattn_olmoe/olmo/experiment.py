@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from olmo_core.distributed.parallel import DataParallelType
-from olmo_core.distributed.utils import broadcast_object, get_rank, get_world_size
+from olmo_core.distributed.utils import broadcast_object, get_rank
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.io import is_url
 from olmo_core.train import LoadStrategy, Trainer, prepare_training_environment
@@ -35,12 +36,12 @@ def prepare(config: ExperimentConfig, *, verify_data: bool = False) -> Trainer:
     :raises OLMoConfigurationError: the config, the data or the checkpoint does not fit; nothing has been written then.
     """
     check(config)
+    check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_data(config, hashes=verify_data and os.environ.get("RANK", "0") == "0")
     apply_remedies()
     prepare_training_environment(
         seed=config.init_seed, backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     )
-    check_layout(config, get_world_size())
-    check_data(config, hashes=verify_data)
     check_resume(config)
     return build_trainer(config)
 
@@ -198,7 +199,7 @@ def check_data(config: ExperimentConfig, *, hashes: bool = False) -> None:
             eos_token_id=config.dataset.tokenizer.eos_token_id,
             dtype=np.dtype(config.dataset.get_dtype()).name,
             sequence_length=config.sequence_length,
-            hashes=hashes and get_rank() == 0,
+            hashes=hashes,
         )
 
 

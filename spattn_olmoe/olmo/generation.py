@@ -16,7 +16,6 @@ from ..data.config import TokenizerSection
 from ..data.tokenizer import find_tokenizer, parse_tokenizer
 from .remedies import apply_remedies
 
-
 TOKENIZER_FILE = "tokenizer.json"
 
 
