@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..patterns import Pattern, interval_table
+from ..patterns import Pattern
 from . import cpu, flex, reference
 from .documents import check_cu_doc_lens
+from .fastest import constant_table, cuda_capability, fastest, triton_unsuitable
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +34,19 @@ def _sdpa(
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa).transpose(1, 2)
 
 
+def _triton(*args, **kwargs) -> Tensor:
+    """The fused kernels, which are imported when they are first needed."""
+    from . import banded
+
+    return banded.run(*args, **kwargs)
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "reference": reference.run,
     "cpu": cpu.run,
     "flex": flex.run,
     "sdpa": _sdpa,
+    "triton": _triton,
 }
 """Ways to compute attention, by the name that ``attention.impl`` takes."""
 
@@ -60,8 +69,9 @@ def attention(
     :param k: keys ``(B, T, G, D)`` with ``G`` dividing ``H``: query head ``h`` reads group ``h // (H / G)``.
     :param v: values ``(B, T, G, D)``.
     :param pattern: what each head attends, over global heads.
-    :param impl: ``auto`` chooses by device and pattern and logs its choice once; ``reference``, ``cpu``, ``flex`` or
-        ``sdpa`` (dense only) is taken at its word and raises where it cannot serve the call.
+    :param impl: ``auto`` chooses by device and pattern and logs its choice once; ``reference``, ``cpu``, ``flex``,
+        ``triton`` (distance intervals) or ``sdpa`` (dense only) is taken at its word and raises where it cannot serve
+        the call.
     :param cu_doc_lens: cumulative document lengths over the rows laid end to end, int ``(documents + 1,)``, from 0 to
         ``B * T``: pairs in different documents do not attend each other.
     :param scale: factor on the scores, ``D ** -0.5`` by default.
@@ -75,10 +85,11 @@ def attention(
     if T == 0 or B == 0:
         return reference.nothing(q, k, v)
     pattern = pattern.at_length(T)
-    chosen = choose(q.device.type, pattern, T, cu_doc_lens is not None) if impl == "auto" else impl
+    call = q.device.type, pattern, T, cu_doc_lens is not None, q.dtype, D
+    chosen = choose(*call) if impl == "auto" else impl
     if chosen not in IMPLEMENTATIONS:
         raise ValueError(f"attention.impl={impl!r} is unknown (known: auto, {', '.join(IMPLEMENTATIONS)})")
-    reason = unsuitable(chosen, q.device.type, pattern, T, cu_doc_lens is not None)
+    reason = unsuitable(chosen, *call)
     if reason:
         raise ValueError(f"attention.impl={chosen!r} {reason}")
     return IMPLEMENTATIONS[chosen](
@@ -86,30 +97,63 @@ def attention(
     )
 
 
-def choose(device_type: str, pattern: Pattern, T: int, documents: bool) -> str:
-    """The implementation that ``auto`` means for this device and pattern; logged the first time."""
+def choose(
+    device_type: str,
+    pattern: Pattern,
+    T: int,
+    documents: bool,
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 128,
+) -> str:
+    """The implementation that ``auto`` means for this device and pattern; logged the first time.
+
+    On CUDA it is the fastest by :mod:`.fastest`, or FlexAttention where that one cannot serve the call.
+    """
     if device_type == "cpu":
         impl = "cpu"
-    elif _is_dense(pattern, T) and not documents:
-        impl = "sdpa"
     else:
-        impl = "flex"
-    _say_once(pattern.name, device_type, impl)
+        impl = fastest(_kind(pattern, T, documents), cuda_capability())
+        if unsuitable(impl, device_type, pattern, T, documents, dtype, head_dim):
+            impl = "flex"
+    _say(pattern.name, device_type, impl)
     return impl
 
 
-def unsuitable(impl: str, device_type: str, pattern: Pattern, T: int, documents: bool) -> str | None:
+def unsuitable(
+    impl: str,
+    device_type: str,
+    pattern: Pattern,
+    T: int,
+    documents: bool,
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 128,
+) -> str | None:
     """Why an implementation cannot serve a call, as the end of a sentence about it; None where it can."""
     if impl == "cpu" and device_type != "cpu":
         return f"computes on the CPU but q is on {device_type}: use impl='auto'"
     if impl == "sdpa" and (documents or not _is_dense(pattern, T)):
         return f"is dense causal attention without documents, not what {pattern.name!r} asks for here: use impl='auto'"
+    if impl == "triton" and constant_table(pattern) is None:
+        return f"computes distance intervals, which {pattern.name!r} is not made of: use impl='auto'"
+    if impl == "triton":
+        return triton_unsuitable(device_type, dtype, head_dim)
     return None
 
 
+def _kind(pattern: Pattern, T: int, documents: bool) -> str:
+    if constant_table(pattern) is None:
+        return "other"
+    return "dense" if _is_dense(pattern, T) and not documents else "intervals"
+
+
 def _is_dense(pattern: Pattern, T: int) -> bool:
-    table = interval_table(pattern)
+    table = constant_table(pattern)
     return table is not None and all(head[0][0] == 0 and head[0][1] >= T for head in table)
+
+
+@torch.compiler.assume_constant_result  # said while a graph is traced, and no part of it
+def _say(name: str, device_type: str, impl: str) -> None:
+    _say_once(name, device_type, impl)
 
 
 @functools.cache

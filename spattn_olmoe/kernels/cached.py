@@ -6,7 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..patterns import Pattern
+from ..patterns import Pattern, interval_table
+from .fastest import triton_unsuitable
+
+DECODE_QUERIES = 1
+"""The most new queries for which ``impl="auto"`` takes the decode kernel, which reads the cache for each anew."""
 
 
 def cached_attention(
@@ -19,25 +23,65 @@ def cached_attention(
     leftpad: Tensor | None = None,
     scale: float | None = None,
     head_offset: int = 0,
+    impl: str = "auto",
 ) -> Tensor:
     """Attend ``T`` new queries to a cache that already holds their own keys and values.
 
     :param q_BTHD: queries at the positions ``start .. start + T`` of the cache.
     :param k_BSGD: key cache, ``S`` positions of which those from ``start + T`` on are not read.
-    :param start: position of the first query: an int, or a 0-dimensional tensor, which is not waited for.
+    :param start: position of the first query: an int, or a tensor, which is not waited for, of no dimension or
+        ``(B,)`` where every sequence has a length of its own.
     :param leftpad: padding tokens before each sequence, int ``(B,)``. They are attended by no one, and positions
         count from behind them.
+    :param impl: ``sdpa``: PyTorch's attention under a mask. ``triton``: a kernel that reads only the keys that a
+        query's distances reach; no gradients. ``auto``: ``triton`` on CUDA for a single query, else ``sdpa``.
     :returns: ``(B, T, H, D)``; zeros for queries that have no key.
-    :raises ValueError: the pattern follows the length of its input, for which a cache is not valid.
+    :raises ValueError: shapes that do not fit, an ``impl`` that cannot serve the call, or a pattern that follows the
+        length of its input, for which a cache is not valid.
     """
     if pattern.band_length == "input":
         raise ValueError(
             "attention.band_length='input' changes the mask with every new token, so a KV cache is not valid: "
             "generate with use_cache=false, or use band_length='train'"
         )
+    _check(q_BTHD, k_BSGD, v_BSGD, pattern, start, leftpad, head_offset)
+    if scale is None:
+        scale = q_BTHD.shape[3] ** -0.5
+    if impl == "auto":
+        decoding = q_BTHD.device.type == "cuda" and 0 < q_BTHD.shape[1] <= DECODE_QUERIES and q_BTHD.shape[0] > 0
+        impl = "triton" if decoding and not _decode_unsuitable(q_BTHD, k_BSGD, v_BSGD, pattern) else "sdpa"
+    if impl == "sdpa":
+        return _masked(q_BTHD, k_BSGD, v_BSGD, pattern, start, leftpad, scale, head_offset)
+    if impl != "triton":
+        raise ValueError(f"impl={impl!r} is unknown (known: auto, sdpa, triton)")
+    reason = _decode_unsuitable(q_BTHD, k_BSGD, v_BSGD, pattern)
+    if reason:
+        raise ValueError(f"impl='triton' {reason}")
+    from . import banded
+
+    device = q_BTHD.device
+    start = start.to(device) if isinstance(start, Tensor) else torch.full((), start, device=device)
+    pad = None if leftpad is None else leftpad.to(device)
+    return banded.decode(
+        q_BTHD, k_BSGD, v_BSGD, pattern, start=start, leftpad=pad, scale=scale, head_offset=head_offset
+    )
+
+
+def _masked(
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGD: Tensor,
+    pattern: Pattern,
+    start: Tensor | int,
+    leftpad: Tensor | None,
+    scale: float,
+    head_offset: int,
+) -> Tensor:
     T, H = q_BTHD.shape[1:3]
     device = q_BTHD.device
-    i = (start + torch.arange(T, device=device))[None, None, :, None]
+    if isinstance(start, Tensor):
+        start = start.to(device).reshape(-1, 1, 1, 1)
+    i = start + torch.arange(T, device=device)[None, None, :, None]
     j = torch.arange(k_BSGD.shape[1], device=device)[None, None, None, :]
     if leftpad is not None:
         pad = leftpad.to(device)[:, None, None, None]
@@ -51,3 +95,38 @@ def cached_attention(
     )
     # CUDA's fused SDPA kernels do not promise zeros for a row without keys.
     return out.masked_fill(~mask.any(-1, keepdim=True), 0.0).transpose(1, 2)
+
+
+def _decode_unsuitable(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> str | None:
+    """Why the decode kernel cannot serve a call, as the end of a sentence; None where it can."""
+    if interval_table(pattern) is None:
+        return f"computes distance intervals, which {pattern.name!r} is not made of"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return "decodes without gradients: call it under torch.no_grad(), or use impl='sdpa'"
+    reasons = (triton_unsuitable(q.device.type, dtype, q.shape[3]) for dtype in {q.dtype, k.dtype, v.dtype})
+    return next((reason for reason in reasons if reason), None)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    start: Tensor | int,
+    leftpad: Tensor | None,
+    head_offset: int,
+) -> None:
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]):
+        raise ValueError(
+            f"q {tuple(q.shape)} must be (batch, length, heads, head_dim), k {tuple(k.shape)} and v {tuple(v.shape)} "
+            "(batch, cache, kv_heads, head_dim)"
+        )
+    B, _, H, _ = q.shape
+    if H % k.shape[2]:
+        raise ValueError(f"n_heads={H} must be a multiple of n_kv_heads={k.shape[2]}")
+    if head_offset < 0 or head_offset + H > pattern.n_heads:
+        raise ValueError(f"heads {head_offset} to {head_offset + H} are not among the {pattern.n_heads} of {pattern}")
+    if isinstance(start, Tensor) and start.shape not in ((), (1,), (B,)):
+        raise ValueError(f"start must have no dimension or be ({B},), not {tuple(start.shape)}")
+    if leftpad is not None and leftpad.shape != (B,):
+        raise ValueError(f"leftpad must be ({B},), one number a sequence, not {tuple(leftpad.shape)}")

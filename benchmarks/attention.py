@@ -1,0 +1,241 @@
+"""Attention, forward and backward, under every kind of distance mask: ours against everyone else's.
+
+    python scripts/benchmark.py attention                        # on a GPU all settings, on a CPU the CPU path
+    python scripts/benchmark.py attention --quick                # the three settings that the goals are stated for
+    python scripts/benchmark.py attention --settings 1x8x4096 --head-dims 128 --patterns spattention
+    python scripts/benchmark.py attention --report               # only the table and the plot, from the stored results
+
+A correctness gate runs first; a contender that gets it wrong is not timed. Results are stored after every setting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from spattn_olmoe import attention, build_pattern
+from spattn_olmoe.patterns import Pattern
+
+from . import contenders, machine, report, timing
+from .contenders import Attend
+
+log = logging.getLogger(__name__)
+
+
+class Setting(NamedTuple):
+    B: int
+    H: int
+    N: int
+    D: int
+
+    def __str__(self) -> str:
+        return f"B{self.B} H{self.H} N{self.N} D{self.D}"
+
+
+GPU_SHAPES = ["1x8x4096", "8x16x4096", "32x8x1024", "32x16x1024", "1x16x16384", "1x16x65536", "1x16x131072"]
+QUICK_SHAPES = ["1x8x4096", "8x16x4096", "1x16x65536"]
+CPU_SHAPES = ["1x8x2048"]
+PATTERNS = ["spattention", "spattention+sharing", "sliding_window", "gbhalf"]
+"""What is timed. ``eball`` is the same mask as ``spattention``, and takes the same time."""
+MODES = ("fwd", "bwd", "fwd+bwd")
+FLOPS_PER_PAIR = {"fwd": 4, "bwd": 10, "fwd+bwd": 14}
+"""Floating-point operations per attended pair and unit of head_dim: two products forward, five backward."""
+TENSORS_MOVED = {"fwd": 4, "bwd": 8, "fwd+bwd": 12}
+"""Tensors of q's size that must cross memory at least: q k v out; q k v out d_out dq dk dv."""
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--settings", nargs="+", metavar="BxHxN", help=f"default: {' '.join(GPU_SHAPES)}")
+    parser.add_argument("--head-dims", nargs="+", type=int, metavar="D", help="default: 128 64, on a CPU 64")
+    parser.add_argument(
+        "--patterns", nargs="+", default=PATTERNS, metavar="NAME", help=f"default: {' '.join(PATTERNS)}"
+    )
+    parser.add_argument("--quick", action="store_true", help="the goals' settings: D=128, exclusive and sharing")
+    parser.add_argument("--seconds", type=float, default=1.5, help="time for one mode of one setting, all contenders")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    parser.add_argument("--note", help="stored with the results, e.g. that the machine was shared")
+    parser.add_argument("--report", action="store_true", help="measure nothing: make the table and the plot again")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, store, and write table and plot. 1 if ours is wrong anywhere."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    path = machine.results_folder(device) / "attention.json"
+    if not args.report:
+        if device == "cpu":
+            print("No GPU: this times the CPU path.")
+        store = Store(path, machine.describe(device) | ({"note": args.note} if args.note else {}))
+        for setting in _settings(args, device):
+            patterns = PATTERNS[:2] if args.quick else args.patterns
+            rows = measure(setting, patterns, device, args.seconds)
+            store.add(setting, rows)
+            report.print_rows(setting, rows)
+            if any(row["contender"] == "ours" and "error" in row for row in rows):
+                return 1
+    for file in report.write(path):
+        print(f"wrote {file}")
+    return 0
+
+
+def _settings(args: argparse.Namespace, device: str) -> list[Setting]:
+    shapes = args.settings or (QUICK_SHAPES if args.quick else GPU_SHAPES if device == "cuda" else CPU_SHAPES)
+    dims = args.head_dims or ([64] if device == "cpu" else [128] if args.quick else [128, 64])
+    settings = []
+    for D in dims:
+        for shape in shapes:
+            parts = shape.split("x")
+            if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+                raise ValueError(f"--settings {shape!r}: must be BxHxN, such as 1x8x4096")
+            B, H, N = map(int, parts)
+            settings.append(Setting(B, H, N, D))
+    return settings
+
+
+class Store:
+    """The result file: runs (machine, versions, commit, command) and rows, each of one run. Saved after every add."""
+
+    def __init__(self, path: Path, run: dict[str, Any]) -> None:
+        self.path = path
+        self.data = json.loads(path.read_text()) if path.exists() else {"runs": [], "rows": []}
+        self.data["runs"].append(run)
+
+    def add(self, setting: Setting, rows: list[dict[str, Any]]) -> None:
+        """Replace all rows of a setting."""
+        kept = [row for row in self.data["rows"] if row["setting"] != str(setting)]
+        self.data["rows"] = kept + [row | {"run": len(self.data["runs"]) - 1} for row in rows]
+        used = sorted({row["run"] for row in self.data["rows"]})
+        runs = [self.data["runs"][i] for i in used]
+        rows = [row | {"run": used.index(row["run"])} for row in self.data["rows"]]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps({"runs": runs, "rows": rows}, indent=1) + "\n")
+
+
+def measure(setting: Setting, patterns: list[str], device: str, seconds: float) -> list[dict[str, Any]]:
+    """Rows of one setting: every contender, pattern and mode, timed in turns."""
+    B, H, N, D = setting
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    standard = build_pattern("standard", n_heads=H, seq_len=N)
+    entrants: list[tuple[str, str, Pattern, Attend]] = []
+    rows: list[dict[str, Any]] = []
+
+    def enter(label: str, pattern: Pattern, found: dict[str, Attend], missing: dict[str, str]) -> None:
+        small, _ = _at_gate(label, pattern, device)
+        for name, attend in found.items():
+            error = gate(small.get(name), label, H, D, dtype, device)
+            if error:
+                missing = missing | {name: error}
+            else:
+                entrants.append((label, name, pattern, attend))
+        for name, reason in missing.items():
+            rows.append({"setting": str(setting), "pattern": label, "contender": name, "error": reason})
+
+    enter("dense", standard, *contenders.dense(device, N, H))
+    for label in patterns:
+        pattern = _build(label, H, N)
+        enter(label, pattern, *contenders.banded(device, pattern, N))
+
+    xs = [torch.randn(B, N, H, D, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
+    d_out = torch.randn_like(xs[0])
+    entrants = [entrant for entrant in entrants if _runs(entrant, xs, d_out, setting, rows)]
+    peaks = {}
+    if device == "cuda":
+        peaks = {entrant[:2]: timing.peak_bytes(_both(entrant[3], xs, d_out)) for entrant in entrants}
+    for mode in MODES:
+        calls = {f"{e[0]}/{e[1]}": _call(mode, e[3], xs, d_out) for e in entrants}
+        times = timing.take_turns(calls, device, seconds * max(1, len(calls) // 3))
+        del calls
+        gc.collect()
+        for label, name, pattern, _ in entrants:
+            found = times[f"{label}/{name}"]
+            row = {"setting": str(setting), "pattern": label, "contender": name, "mode": mode, **found._asdict()}
+            rows.append(row | _derived(setting, pattern, mode, found.ms, device) | {"peak": peaks.get((label, name))})
+    return rows
+
+
+def _build(label: str, H: int, N: int) -> Pattern:
+    name, _, sharing = label.partition("+")
+    return build_pattern(name, n_heads=H, seq_len=N, **({"local_sharing": True} if sharing else {}))
+
+
+GATE_LENGTH = 512
+
+
+def _at_gate(label: str, pattern: Pattern, device: str) -> tuple[dict[str, Attend], dict[str, str]]:
+    """The same contenders at the length of the gate."""
+    if label == "dense":
+        return contenders.dense(device, GATE_LENGTH, pattern.n_heads)
+    return contenders.banded(device, _build(label, pattern.n_heads, GATE_LENGTH), GATE_LENGTH)
+
+
+def gate(attend: Attend | None, label: str, H: int, D: int, dtype: torch.dtype, device: str) -> str | None:
+    """What is wrong with a contender's output or gradients, against the reference in float64; None if nothing."""
+    if attend is None:
+        return "did not start at the length of the correctness gate"
+    generator = torch.Generator(device).manual_seed(0)
+    shape = 1, GATE_LENGTH, H, D
+    xs = [torch.randn(shape, dtype=dtype, device=device, generator=generator) for _ in range(4)]
+    pattern = _build("standard" if label == "dense" else label, H, GATE_LENGTH)
+    exact = [x.double().requires_grad_() for x in xs[:3]]
+    q, k, v = exact
+    expected_out = attention(q, k, v, pattern, impl="reference")
+    expected = (expected_out, *torch.autograd.grad(expected_out, exact, xs[3].double()))
+    try:
+        inputs = [x.requires_grad_() for x in xs[:3]]
+        out = attend(*inputs)
+        actual = (out, *torch.autograd.grad(out, inputs, xs[3]))
+    except Exception as error:  # whatever a rival raises is its result
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    for name, a, e in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
+        off = (a.double() - e).abs().max().item() / max(1.0, e.abs().max().item())
+        if not off <= TOLERANCE[dtype]:
+            return f"wrong: {name} is off by {off:.1e} of its largest entry"
+    return None
+
+
+def _runs(entrant: tuple, xs: list, d_out: torch.Tensor, setting: Setting, rows: list[dict[str, Any]]) -> bool:
+    """Whether a contender gets through the full size once; if not, its error is a row."""
+    label, name, _, attend = entrant
+    try:
+        _both(attend, xs, d_out)()
+    except Exception as error:  # out of memory, a limit on the length: a result like any other
+        message = f"{type(error).__name__}: {str(error)[:200]}"
+        rows.append({"setting": str(setting), "pattern": label, "contender": name, "error": message})
+        return False
+    return True
+
+
+def _both(attend: Attend, xs: list, d_out: torch.Tensor) -> timing.Call:
+    return lambda: torch.autograd.grad(attend(*xs), xs, d_out)
+
+
+def _call(mode: str, attend: Attend, xs: list, d_out: torch.Tensor) -> timing.Call:
+    if mode == "fwd+bwd":
+        return _both(attend, xs, d_out)
+    if mode == "bwd":
+        out = attend(*xs)
+        return lambda: torch.autograd.grad(out, xs, d_out, retain_graph=True)
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            return attend(*xs)
+
+    return forward
+
+
+def _derived(setting: Setting, pattern: Pattern, mode: str, ms: float, device: str) -> dict[str, Any]:
+    """TFLOP/s of attended pairs, and the share of what operations and bytes allow."""
+    B, H, N, D = setting
+    flops = FLOPS_PER_PAIR[mode] * B * D * pattern.attended_pairs(N)
+    bound = machine.BOUNDS.get(machine.device_name(device))
+    share: float | str = "n/a"
+    if bound:
+        moved = TENSORS_MOVED[mode] * B * N * H * D * 2
+        share = max(flops / bound.flops, moved / bound.bytes) / (ms / 1e3)
+    return {"tflops": flops / ms / 1e9, "share_of_bound": share}

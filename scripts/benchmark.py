@@ -1,0 +1,42 @@
+"""Measure speed on this machine: python scripts/benchmark.py attention [--quick]
+
+Each subcommand is a module of ``benchmarks/`` with ``add_arguments(parser)`` and ``run(args) -> exit status``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
+
+SUBCOMMANDS = {
+    "attention": "ours against other kernels, under every distance mask",
+    "tune": "tile configurations of the fused kernels on this GPU",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    modules = {name: importlib.import_module(f"benchmarks.{name}") for name in SUBCOMMANDS}
+    for name, module in modules.items():
+        command = commands.add_parser(
+            name,
+            help=SUBCOMMANDS[name],
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+    args = parser.parse_args()
+    try:
+        return modules[args.command].run(args)
+    except ValueError as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

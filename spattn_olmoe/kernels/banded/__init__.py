@@ -1,0 +1,60 @@
+"""Fused Triton kernels for patterns that are distance intervals: forward, backward and decoding.
+
+Nothing of this package is imported before it is needed, so the rest works where Triton is not installed.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...patterns import Pattern
+from ..documents import document_bounds
+from ..fastest import constant_table
+from .ops import banded_decode, banded_forward, is_interpreted
+
+__all__ = ["decode", "is_interpreted", "run"]
+
+
+def run(
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    v_BTGD: Tensor,
+    pattern: Pattern,
+    *,
+    cu_doc_lens: Tensor | None,
+    scale: float,
+    head_offset: int,
+) -> Tensor:
+    """Attention and gradients that visit only tiles in which the pattern has a pair. Memory O(T).
+
+    float32 is multiplied exactly unless ``torch.set_float32_matmul_precision`` allows TF32.
+    """
+    B, T, H, _ = q_BTHD.shape
+    doc_start, doc_end = (None, None) if cu_doc_lens is None else document_bounds(cu_doc_lens, B, T)
+    if scale <= 0:  # the kernels take the maximum of scores before they scale them
+        q_BTHD, scale = q_BTHD * (scale and -1.0), -scale or 1.0
+    heads = local_intervals(pattern, head_offset, H)
+    return banded_forward(q_BTHD, k_BTGD, v_BTGD, heads, scale, doc_start, doc_end)[0]
+
+
+def decode(
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGD: Tensor,
+    pattern: Pattern,
+    *,
+    start: Tensor,
+    leftpad: Tensor | None,
+    scale: float,
+    head_offset: int,
+) -> Tensor:
+    """Attention of a few queries to a KV cache, without gradients; see :func:`..cached.cached_attention`."""
+    heads = local_intervals(pattern, head_offset, q_BTHD.shape[2])
+    return banded_decode(q_BTHD, k_BSGD, v_BSGD, start, leftpad, heads, scale)
+
+
+def local_intervals(pattern: Pattern, head_offset: int, H: int) -> list[int]:
+    """``lo, hi, lo, hi`` of ``H`` heads from ``head_offset`` on, flat."""
+    table = constant_table(pattern)
+    assert table is not None, "the front door sends only patterns that are intervals"
+    return [bound for head in table[head_offset : head_offset + H] for pair in head for bound in pair]

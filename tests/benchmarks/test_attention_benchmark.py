@@ -1,0 +1,99 @@
+"""The benchmark itself: its gate, its arithmetic, its files. Run small, on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import attention as benchmark  # noqa: E402
+from benchmarks import contenders, machine, report, timing  # noqa: E402
+from spattn_olmoe import build_pattern  # noqa: E402
+
+
+def test_the_gate_lets_the_right_attention_through_and_names_what_is_wrong():
+    pattern = build_pattern("spattention", n_heads=4, seq_len=benchmark.GATE_LENGTH)
+    found, missing = contenders.banded("cpu", pattern, benchmark.GATE_LENGTH)
+    assert set(found) == {"ours", "sdpa masked"} and not missing
+    check = {"label": "spattention", "H": 4, "D": 16, "dtype": torch.float32, "device": "cpu"}
+    assert all(benchmark.gate(attend, **check) is None for attend in found.values())
+    dense = contenders.dense("cpu", 512, 4)[0]["sdpa is_causal"]
+    assert benchmark.gate(dense, **check | {"label": "dense"}) is None
+    assert "wrong: out is off by" in benchmark.gate(dense, **check)
+
+    def detached(q, k, v):
+        return found["ours"](q, k, v.detach()) + 0 * v
+
+    assert "wrong: dv is off by" in benchmark.gate(detached, **check)
+    assert "TypeError" in benchmark.gate(lambda q: q, **check)
+    assert "did not start" in benchmark.gate(None, **check)
+
+
+def test_operations_and_bounds_are_those_of_the_design(monkeypatch):
+    """B1 H8 N4096 D128 exclusive, forward: bound by memory, 7.8 microseconds on an H200."""
+    setting = benchmark.Setting(1, 8, 4096, 128)
+    pattern = build_pattern("spattention", n_heads=8, seq_len=4096)
+    monkeypatch.setattr(machine, "device_name", lambda device: "NVIDIA H200")
+    row = benchmark._derived(setting, pattern, "fwd", 0.0156, "cuda")
+    assert row["share_of_bound"] == pytest.approx(0.5, rel=0.01)
+    assert row["tflops"] == pytest.approx(4 * 128 * 4096 * 4097 / 2 / 0.0156e-3 / 1e12)
+    monkeypatch.setattr(machine, "device_name", lambda device: "NVIDIA Unheard Of")
+    assert benchmark._derived(setting, pattern, "fwd", 1.0, "cuda")["share_of_bound"] == "n/a"
+
+
+def test_every_call_is_timed_as_often_and_the_median_is_one_of_the_times():
+    calls = {"a": lambda: torch.ones(10).sum(), "b": lambda: torch.ones(1000).sum()}
+    times = timing.take_turns(calls, "cpu", seconds=0.0, rounds=(7, 9))
+    assert {timing_.rounds for timing_ in times.values()} == {7}
+    assert all(t.p20 <= t.ms <= t.p80 for t in times.values())
+
+
+def test_the_store_replaces_a_setting_and_keeps_the_others_with_their_runs(tmp_path):
+    path = tmp_path / "gpu" / "attention.json"
+    first, second = benchmark.Setting(1, 8, 64, 16), benchmark.Setting(1, 8, 128, 16)
+    store = benchmark.Store(path, {"command": "one"})
+    for setting in (first, second):
+        store.add(setting, [{"setting": str(setting), "ms": 1.0}])
+    again = benchmark.Store(path, {"command": "two"})
+    again.add(second, [{"setting": str(second), "ms": 2.0}])
+    data = json.loads(path.read_text())
+    assert [(row["setting"], row["ms"], data["runs"][row["run"]]["command"]) for row in data["rows"]] == [
+        (str(first), 1.0, "one"),
+        (str(second), 2.0, "two"),
+    ]
+
+
+def test_the_command_stores_results_with_their_machine_and_reports_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "results_folder", lambda device: tmp_path)
+    parser = __import__("argparse").ArgumentParser()
+    benchmark.add_arguments(parser)
+    line = "--device cpu --settings 1x2x256 --head-dims 16 --patterns spattention gbhalf --seconds 0"
+    assert benchmark.run(parser.parse_args(line.split())) == 0
+    assert "this times the CPU path" in capsys.readouterr().out
+    data = json.loads((tmp_path / "attention.json").read_text())
+    (run,) = data["runs"]
+    assert run["versions"]["torch"] == torch.__version__ and run["commit"] and run["command"].startswith("python ")
+    timed = {(row["pattern"], row["contender"], row["mode"]) for row in data["rows"]}
+    names = [("dense", "sdpa is_causal")] + [(p, c) for p in ("spattention", "gbhalf") for c in ("ours", "sdpa masked")]
+    assert timed == {(*name, mode) for name in names for mode in benchmark.MODES}
+    table = (tmp_path / "attention.md").read_text()
+    ours = next(r for r in data["rows"] if (r["pattern"], r["contender"], r["mode"]) == ("gbhalf", "ours", "bwd"))
+    rival = next(r for r in data["rows"] if (r["contender"], r["mode"]) == ("sdpa is_causal", "bwd"))
+    assert f"| gbhalf | bwd | {ours['ms']:.3g} |" in table
+    assert f"{rival['ms'] / ours['ms']:.2f}x" in table
+    assert (tmp_path / "attention.svg").read_text().startswith("<?xml")
+    before = table
+    assert report.write(tmp_path / "attention.json") and (tmp_path / "attention.md").read_text() == before
+
+
+def test_the_command_line_refuses_what_it_does_not_understand():
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "attention", "--settings", "8x4096"]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert run.returncode == 2
+    assert "--settings '8x4096': must be BxHxN" in run.stderr

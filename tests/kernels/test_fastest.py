@@ -1,0 +1,90 @@
+"""What ``auto`` takes on a GPU, and how the fused kernels are refused where they cannot run. No GPU, no Triton needed."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from attention_cases import build
+
+from spattn_olmoe import attention
+from spattn_olmoe.kernels import choose, fastest
+from spattn_olmoe.kernels.attention import unsuitable
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    monkeypatch.setattr(fastest, "_capability", lambda: (9, 0))
+
+
+@pytest.mark.parametrize(
+    ("mask", "documents", "dtype", "head_dim", "impl"),
+    [
+        ("spattention", False, torch.bfloat16, 128, "triton"),
+        ("spattention+sharing", True, torch.float16, 80, "triton"),
+        ("two_far_intervals", False, torch.float32, 256, "triton"),
+        ("standard", True, torch.bfloat16, 128, "triton"),
+        ("standard", False, torch.bfloat16, 128, "sdpa"),
+        ("longformer", False, torch.bfloat16, 128, "flex"),
+        ("bigbird", True, torch.bfloat16, 128, "flex"),
+        ("spattention", False, torch.bfloat16, 512, "flex"),
+    ],
+)
+def test_auto_on_a_gpu(h200, mask, documents, dtype, head_dim, impl):
+    pytest.importorskip("triton")
+    assert choose("cuda", build(mask, 4, 256), 256, documents, dtype, head_dim) == impl
+
+
+def test_a_measured_entry_goes_before_the_default(monkeypatch):
+    monkeypatch.setitem(fastest.MEASURED, (9, 0), {"intervals": "flex"})
+    assert fastest.fastest("intervals", (9, 0)) == "flex"
+    assert fastest.fastest("dense", (9, 0)) == fastest.fastest("dense", None) == "sdpa"
+    assert fastest.fastest("intervals", (8, 0)) == "triton"
+
+
+def test_an_old_gpu_is_refused(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(fastest, "_capability", lambda: (7, 5))
+    fastest._missing.cache_clear()
+    try:
+        said = unsuitable("triton", "cuda", build("eball", 4, 256), 256, False)
+        assert choose("cuda", build("eball", 4, 256), 256, False) == "flex"
+    finally:
+        fastest._missing.cache_clear()
+    assert said == "needs a GPU of compute capability 8.0 or later, not 7.5: use impl='flex'"
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter serves the CPU")
+def test_a_cpu_is_refused():
+    pytest.importorskip("triton")
+    q = torch.randn(1, 64, 4, 8)
+    with pytest.raises(ValueError, match=r"attention\.impl='triton' needs a CUDA GPU, but q is on cpu"):
+        attention(q, q, q, build("eball", 4, 64), impl="triton")
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+import torch
+from spattn_olmoe import attention, build_pattern
+from spattn_olmoe.kernels import cached_attention
+q = torch.randn(1, 64, 4, 8)
+pattern = build_pattern("spattention", n_heads=4, seq_len=64)
+attention(q, q, q, pattern)
+cached_attention(q[:, -1:], q, q, pattern, start=63)
+for call in (lambda: attention(q, q, q, pattern, impl="triton"),
+             lambda: cached_attention(q[:, -1:], q, q, pattern, start=63, impl="triton")):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_all_but_the_kernels_works_without_triton():
+    run = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    said = run.stdout.splitlines()
+    assert len(said) == 2
+    assert all("needs the package 'triton', which is not installed" in line for line in said)
