@@ -1,8 +1,8 @@
 """A corpus that every CPython has on board: python -m spattn_olmoe.data.stdlib_corpus FOLDER
 
 The language reference (``pydoc_data.topics``), the licence, and the standard library's docstrings laid out much as
-``help()`` does, in ``.jsonl`` files of ``{"text": ..., "id": ...}``. It is read from the library's source files; nothing
-is imported or run, so the same interpreter always gives the same bytes.
+``help()`` does, in ``.jsonl`` files of ``{"text": ..., "id": ...}``. It is read from the library's source files,
+without running any, so the same interpreter always gives the same bytes.
 """
 
 from __future__ import annotations
