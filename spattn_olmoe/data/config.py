@@ -185,26 +185,16 @@ class _one_line:
 
     def __exit__(self, _type: Any, error: BaseException | None, _traceback: Any) -> None:
         if isinstance(error, OmegaConfBaseException):
-            key = error.full_key or ""
+            key, section = error.full_key or "", error.object_type
             problem = str(error.msg or error).splitlines()[0]
-            known = _keys_beside(key)
+            known = [f.name for f in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []
             if error.key is not None and known and str(error.key) not in known:
                 nearest = difflib.get_close_matches(str(error.key), known, n=1, cutoff=0.0)
-                problem = f"unknown key; the nearest known one is {nearest[0]!r}"
+                problem = f"unknown key of {_SECTIONS[section]}; the nearest known one is {nearest[0]!r}"
             raise DataError(f"{self.where}: {key}: {problem}") from error
 
 
-def _keys_beside(full_key: str) -> list[str]:
-    """The known keys of the section in which ``full_key`` stands."""
-    section: Any = DataConfig
-    for name in re.sub(r"\[\d+\]", "", full_key).split(".")[:-1]:
-        if name.isdigit():
-            continue
-        hint = typing.get_type_hints(section).get(name)
-        section = next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
-        if section is None:
-            return []
-    return [f.name for f in dataclasses.fields(section)]
+_SECTIONS: dict[Any, str] = {DataConfig: "the config", SourceConfig: "sources[]", TokenizerSection: "tokenizer"}
 
 
 def _require(condition: bool, message: str) -> None:

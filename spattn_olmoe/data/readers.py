@@ -210,7 +210,7 @@ def parquet_cells(path: Path, field: str, start: int) -> Iterator[tuple[bytes | 
     :raises BrokenFileError: no Parquet, no such column, or a column of no text.
     """
     try:
-        with pq.ParquetFile(path, pre_buffer=False) as file:
+        with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file:
             total = max(1, file.metadata.num_rows)
             row = 0
             for group in range(file.num_row_groups):
@@ -225,7 +225,9 @@ def parquet_cells(path: Path, field: str, start: int) -> Iterator[tuple[bytes | 
                         row += 1
                         if row > start:
                             yield cell, row / total
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's fault; pyarrow's own complaints about a file carry no errno
         raise BrokenFileError(f"no readable Parquet file: {' '.join(str(error).split())}") from error
 
 
