@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import sysconfig
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
 from spattn_olmoe.data import DataConfig, SourceConfig, TokenizerSection, train_tokenizer
 
-ROOT = Path(__file__).parents[2]
-EOS, PAD = 0, 1
+EOS = 0
 
 
 @pytest.fixture(scope="session")
@@ -63,38 +57,3 @@ def make_config(tmp_path: Path, tokenizer_file: Path) -> Callable[..., DataConfi
         return DataConfig(output=str(tmp_path / output), sources=sources, **options)
 
     return make
-
-
-def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"text": text, "n": i}) + "\n" for i, text in enumerate(texts)))
-    return path
-
-
-def read_ids(paths: Iterable[str], dtype: str = "uint16") -> list[int]:
-    return [int(i) for path in paths for i in np.fromfile(path, dtype=dtype)]
-
-
-def rejects(output: Path | str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(output) / "rejects.jsonl").read_text().splitlines()]
-
-
-def folder_bytes(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def run_script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / name), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-    )
-
-
-def error_line(result: subprocess.CompletedProcess[str]) -> str:
-    """The one line that a failed command printed."""
-    lines = result.stderr.strip().splitlines()
-    assert result.returncode == 1 and len(lines) == 1 and lines[0].startswith("error: "), result.stderr
-    return lines[0]

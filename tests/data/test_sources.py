@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from conftest import read_ids, rejects, write_jsonl
+from corpora import read_ids, rejects, write_jsonl
 
 from spattn_olmoe.data import DataConfig, DataError, SourceConfig, prepare
 from spattn_olmoe.data.chunks import Chunk, Position

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, read_ids, write_jsonl
+from corpora import ROOT, read_ids, write_jsonl
 from tokenizers import Tokenizer
 
 from spattn_olmoe.data import DataConfig, DataError, TokenizerSection, prepare, train_tokenizer
