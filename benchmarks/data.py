@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,10 @@ from typing import Any
 import zstandard
 from provenance import provenance
 from tokenizers import Tokenizer
+from usage import Usage
+
+from spattn_olmoe.data.chunks import Position
+from spattn_olmoe.data.readers import read_file
 
 ROOT = Path(__file__).parents[1]
 EOS_TOKEN, EOS_ID, PAD_ID = "<|endoftext|>", 50_279, 1  # of allenai/gpt-neox-olmo-dolma-v1_5
@@ -50,7 +53,7 @@ def timed(command: list[str], output: Path, tokens: Callable[[Path], int]) -> di
     begun = time.monotonic()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
-        usage = _Usage(process.pid)
+        usage = Usage(process.pid)
         status = process.wait()
         seconds = time.monotonic() - begun
         usage.stop()
@@ -65,54 +68,6 @@ def timed(command: list[str], output: Path, tokens: Callable[[Path], int]) -> di
         "peak_memory_mib": usage.mib,
         "tokens": written,
     }
-
-
-class _Usage:
-    """Watches a process and its descendants: the largest sum of their proportional set sizes, the CPU time of each.
-
-    Sampled, because what a server of forks has used is never added to its parent's account.
-    """
-
-    def __init__(self, pid: int):
-        self.mib, self.cpu_seconds, self._pid, self._stop = 0, dict[int, float](), pid, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.2):
-            family = _family(self._pid)
-            self.mib = max(self.mib, sum(map(_pss_kib, family)) // 1024)
-            for pid in family:
-                self.cpu_seconds[pid] = max(self.cpu_seconds.get(pid, 0.0), _cpu_seconds(pid))
-
-
-def _cpu_seconds(pid: int) -> float:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _family(pid: int) -> list[int]:
-    try:
-        threads = list(Path(f"/proc/{pid}/task").iterdir())
-        children = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-    return [pid, *(member for child in children for member in _family(child))]
-
-
-def _pss_kib(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
 
 
 def encode_batch_alone(files: list[Path], tokenizer: Path) -> dict[str, Any]:
@@ -130,6 +85,15 @@ def encode_batch_alone(files: list[Path], tokenizer: Path) -> dict[str, Any]:
             cpu += time.process_time() - before
             tokens += sum(len(encoding) + 1 for encoding in encodings)
     return {"seconds": seconds, "cpu_seconds": cpu, "tokens": tokens, "text_bytes": text_bytes}
+
+
+def reader_alone(files: list[Path]) -> float:
+    """CPU seconds of the one process that reads, without anyone tokenising: it bounds how many cores it can feed."""
+    begun = time.process_time()
+    for path in files:
+        chunks = read_file(path, path.name, Position(), field="text", separator=None, max_document_bytes=2**24)
+        assert sum(len(chunk.payload) for chunk in chunks)
+    return time.process_time() - begun
 
 
 def shortened(path: Path, target: Path, n_bytes: int) -> Path:
@@ -203,8 +167,14 @@ def race(args: argparse.Namespace) -> dict[str, Any]:
             for name, run in contenders(args, folder).items():
                 runs.setdefault(name, []).append({**run(), "load_average_after": os.getloadavg()[0]})
                 print(number, name, {k: round(v, 1) for k, v in runs[name][-1].items()}, flush=True)
+        reader = reader_alone(args.files)
     text_bytes = runs["tokenizers.encode_batch alone"][0]["text_bytes"]
-    return {"text_bytes": text_bytes, "runs": runs, "table": table(runs, text_bytes)}
+    return {
+        "text_bytes": text_bytes,
+        "runs": runs,
+        "table": table(runs, text_bytes),
+        "reader_megabytes_per_cpu_second": round(text_bytes / 1e6 / reader, 1),
+    }
 
 
 def table(runs: dict[str, list[dict[str, Any]]], text_bytes: int) -> dict[str, dict[str, float]]:
@@ -218,6 +188,7 @@ def table(runs: dict[str, list[dict[str, Any]]], text_bytes: int) -> dict[str, d
         name: {
             "megabytes_per_second": round(text_bytes / 1e6 / median["seconds"], 3),
             "tokens_per_second": round(runs[name][0]["tokens"] / median["seconds"]),
+            "tokens_per_cpu_second": round(runs[name][0]["tokens"] / median["cpu_seconds"]),
             "megabytes_per_cpu_second": round(text_bytes / 1e6 / median["cpu_seconds"], 3),
             "speed_relative_to_encode_batch": round(base["seconds"] / median["seconds"], 3),
             "per_cpu_second_relative_to_encode_batch": round(base["cpu_seconds"] / median["cpu_seconds"], 3),

@@ -17,23 +17,27 @@ from pathlib import Path
 from typing import Any
 
 from provenance import provenance
+from usage import Usage
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_data.py"
 
 
-def prepare(config: str, output: Path, kill_after: float | None = None) -> float | None:
-    """Seconds that the preparation took; None where it was killed first."""
+def prepare(config: str, output: Path, kill_after: float | None = None) -> tuple[float, int] | None:
+    """Seconds that the preparation took, and MiB at its peak; None where it was killed first."""
     begun = time.monotonic()
     process = subprocess.Popen([sys.executable, SCRIPT, "--config", config, f"output={output}"])
+    usage = Usage(process.pid)
     try:
         status = process.wait(kill_after)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
         process.wait()
         return None
+    finally:
+        usage.stop()
     if status:
         raise SystemExit(f"prepare_data.py failed with status {status}")
-    return time.monotonic() - begun
+    return time.monotonic() - begun, usage.mib
 
 
 def documents_done(output: Path) -> int:
@@ -59,10 +63,11 @@ def run(config: str, folder: Path, kills: int, seed: int) -> dict[str, Any]:
     """One straight run, one with kills."""
     straight = prepare(config, folder / "straight")
     assert straight is not None
+    seconds, mib = straight
     chance = random.Random(seed)
     killed: list[dict[str, float]] = []
     while len(killed) < kills:
-        after = chance.uniform(0.5, 2 * straight / kills)
+        after = chance.uniform(0.5, 2 * seconds / kills)
         if prepare(config, folder / "killed", after) is not None:
             break
         killed.append({"after_seconds": round(after, 2), "documents_kept": documents_done(folder / "killed")})
@@ -71,9 +76,10 @@ def run(config: str, folder: Path, kills: int, seed: int) -> dict[str, Any]:
     assert last is not None
     manifest = json.loads((folder / "straight" / "manifest.json").read_bytes())
     return {
-        "straight_seconds": round(straight, 1),
+        "straight_seconds": round(seconds, 1),
+        "straight_peak_memory_mib": mib,
         "kills": killed,
-        "last_run_seconds": round(last, 1),
+        "last_run_seconds": round(last[0], 1),
         "statistics": manifest["statistics"],
         "files": [file for source in manifest["options"]["sources"] for file in source["files"]],
         "shards": len(manifest["shards"]),

@@ -82,8 +82,8 @@ class DataConfig:
     """Stop after the document that brings the training split to this many tokens (over all parts together)."""
     sequence_length: int = 4096
     """For the summary only: documents longer than this are counted."""
-    max_document_bytes: int = 16 * 2**20
-    """Longer texts are rejected: a document is tokenised whole, in memory."""
+    max_document_bytes: int = 4 * 2**20
+    """Longer texts are rejected: a document is tokenised whole, and a worker needs some 140 times its size in memory."""
     max_reject_share: float = 0.01
     """Stop when more than this share of the documents is rejected."""
     when_exhausted: str = "continue"
