@@ -34,11 +34,11 @@ def config_file(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("resume")
     sources = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
     texts = [path.read_bytes().decode("utf-8", "replace") for path in sources if "test" not in path.parts]
-    texts = [text for text in texts if text.strip()][:300]
-    write_jsonl(folder / "in" / "a.jsonl", texts[:90])
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[90:190]) + "{\n"
+    texts = [text for text in texts if text.strip()][:420]
+    write_jsonl(folder / "in" / "a.jsonl", texts[:130])
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[130:270]) + "{\n"
     (folder / "in" / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    pq.write_table(pa.table({"text": [*texts[190:], ""]}), folder / "in" / "c.parquet", row_group_size=20)
+    pq.write_table(pa.table({"text": [*texts[270:], ""]}), folder / "in" / "c.parquet", row_group_size=20)
     path = folder / "config.yaml"
     path.write_text(f"""
 output: {folder}/straight
@@ -78,13 +78,15 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(
     for _ in range(4):
         process = subprocess.Popen([*command, f"output={output}"], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
         # by the bytes on the disk, so that a slow machine is killed in the middle of the work as well as a fast one
-        enough = _written(output) + chance.uniform(0.03, 0.17) * total
+        enough = _written(output) + chance.uniform(0.02, 0.12) * total
         while _written(output) < enough and process.poll() is None:
             time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.1))
+        time.sleep(chance.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "it was through before it could be killed"
+        if process.wait() == 0:
+            break  # it was through first
         kept.append(json.loads((output / "progress.json").read_bytes())["progress"]["sources"][0]["documents"])
+    assert len(kept) > 2, "it was not killed often enough to say anything"
     assert kept == sorted(kept) and kept[-1] > 0, "finished work was lost"
     assert subprocess.run([*command, f"output={output}"], env=ENVIRONMENT, stderr=subprocess.DEVNULL).returncode == 0
     assert folder_bytes(output) == wanted
