@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 
@@ -28,6 +29,8 @@ def main() -> int:
     )
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for library in ("HF_HUB", "DATASETS"):  # each retry would be two lines; the last failure is ours to tell
+        os.environ.setdefault(f"{library}_VERBOSITY", "critical")
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     console = Console(stderr=True)
     try:

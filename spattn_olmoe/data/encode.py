@@ -51,11 +51,12 @@ class Encoder:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.tokenizer: Tokenizer = parse_tokenizer(settings.tokenizer, "of this corpus")
+        self._eos = np.array([settings.eos_token_id], dtype=settings.dtype)
 
     def __call__(self, source: int, chunk: Chunk) -> Encoded:
         s = self.settings
-        batch: list[str] = []
-        held_out: list[bool] = []
+        pieces: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+        lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
         result = Encoded({}, {})
         for item in texts(
             chunk, field=s.fields[source], separator=s.separators[source], max_document_bytes=s.max_document_bytes
@@ -64,23 +65,20 @@ class Encoder:
                 result.rejects.append(item)
                 continue
             text, encoded = item
-            batch.append(text)
-            held_out.append(is_validation(encoded, s.validation_share))
+            split = SPLITS[is_validation(encoded, s.validation_share)]
+            pieces[split] += [self._ids(text), self._eos]
+            lengths[split].append(len(pieces[split][-2]) + 1)
             result.text_bytes += len(encoded)
         result.rejects += chunk.rejects
-        ids: dict[str, list[int]] = {split: [] for split in SPLITS}
-        lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
-        for encoding, out in zip(
-            self.tokenizer.encode_batch_fast(batch, add_special_tokens=False), held_out, strict=True
-        ):
-            split = SPLITS[out]
-            document = encoding.ids
-            ids[split] += document
-            ids[split].append(s.eos_token_id)
-            lengths[split].append(len(document) + 1)
-        result.tokens = {split: np.array(ids[split], dtype=s.dtype) for split in SPLITS}
+        empty = np.array([], dtype=s.dtype)
+        result.tokens = {split: np.concatenate([empty, *pieces[split]]) for split in SPLITS}
         result.lengths = {split: np.array(lengths[split], dtype=np.int64) for split in SPLITS}
         return result
+
+    def _ids(self, text: str) -> np.ndarray:
+        # one at a time, because an encoding takes a hundred times its text's memory: a batch saves nothing on one thread
+        (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return np.array(encoding.ids, dtype=self.settings.dtype)
 
 
 def is_validation(text: bytes, share: float) -> bool:

@@ -210,7 +210,7 @@ def parquet_cells(path: Path, field: str, start: int) -> Iterator[tuple[bytes | 
     :raises BrokenFileError: no Parquet, no such column, or a column of no text.
     """
     try:
-        with pq.ParquetFile(path, pre_buffer=False) as file:
+        with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file:
             total = max(1, file.metadata.num_rows)
             row = 0
             for group in range(file.num_row_groups):
@@ -225,7 +225,9 @@ def parquet_cells(path: Path, field: str, start: int) -> Iterator[tuple[bytes | 
                         row += 1
                         if row > start:
                             yield cell, row / total
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's fault; pyarrow's own complaints about a file carry no errno
         raise BrokenFileError(f"no readable Parquet file: {' '.join(str(error).split())}") from error
 
 
@@ -245,7 +247,9 @@ def cells(column: pa.Array | pa.ChunkedArray, field: str) -> list[bytes | None]:
     return column.cast(pa.large_binary()).to_pylist()
 
 
-def group_rows(rows: Iterable[tuple[bytes | None, float]], name: str, start: Position) -> Iterator[Chunk]:
+def group_rows(
+    rows: Iterable[tuple[bytes | None, float]], name: str, start: Position, kind: str = "rows"
+) -> Iterator[Chunk]:
     """Cells of a table, gathered to chunks; a table that breaks is a reject behind what could be read of it."""
     gathered: list[bytes | None] = []
     size, position, share = 0, start, 0.0
@@ -262,12 +266,12 @@ def group_rows(rows: Iterable[tuple[bytes | None, float]], name: str, start: Pos
         size += len(cell or b"")
         if size >= CHUNK_BYTES or len(gathered) >= CHUNK_DOCUMENTS:
             first, position = position.number + 1, _rows_after(position, len(gathered))
-            yield Chunk("rows", gathered, name, first, position, share=share)
+            yield Chunk(kind, gathered, name, first, position, share=share)
             gathered, size = [], 0
     first, position = position.number + 1, _rows_after(position, len(gathered))
     rejects = () if broken is None else (Reject(name, position.number + 1, broken),)
     if gathered or rejects:
-        yield Chunk("rows", gathered, name, first, position, rejects=rejects, share=1.0)
+        yield Chunk(kind, gathered, name, first, position, rejects=rejects, share=1.0)
 
 
 def _rows_after(position: Position, rows: int) -> Position:

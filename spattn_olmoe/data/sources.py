@@ -106,11 +106,14 @@ def _expand(patterns: list[str], key: str) -> list[Path]:
 class HubSource:
     """A hub dataset, streamed: each of its files is one shard of ``datasets``' iterable dataset.
 
-    ``datasets`` parses the files, so a malformed line ends its file: the rest of it is one entry of the rejects.
+    JSON lines are streamed as lines, by ``datasets``' text builder, and parsed like those of local files: its JSON
+    builder gives up on the rest of a file at the first malformed line, and where two lines' other keys differ in type.
+    Other kinds go through the builder that the dataset asks for; there a file that breaks is one entry of the rejects.
     """
 
     def __init__(self, config: SourceConfig, index: int):
         import datasets
+        from datasets.packaged_modules.text.text import Text
 
         self._field = config.field
         self._what = f"sources[{index}].hub={config.hub!r}"
@@ -122,6 +125,12 @@ class HubSource:
             if names is None:
                 known = ", ".join(map(str, builder.config.data_files or {}))
                 raise DataError(f"sources[{index}].split={config.split!r}: {config.hub} has {known}")
+            self._lines = all(file_kind(Path(str(name).split("?")[0])) == "jsonl" for name in names)
+            if self._lines:
+                # as Latin-1 every line survives, byte by byte, whether it is UTF-8 or not
+                builder = Text(
+                    dataset_name=builder.dataset_name, data_files=builder.config.data_files, encoding="latin-1"
+                )
             self._stream = builder.as_streaming_dataset(split=config.split)
         except DataError:
             raise
@@ -147,7 +156,8 @@ class HubSource:
         }
 
     def read(self, index: int, start: Position) -> Iterator[Chunk]:
-        return group_rows(self._rows(index, start.offset), self.files[index].name, start)
+        kind = "jsonl" if self._lines else "rows"
+        return group_rows(self._rows(index, start.offset), self.files[index].name, start, kind)
 
     def _rows(self, index: int, start: int) -> Iterator[tuple[bytes | None, float]]:
         one_file = self._stream.shard(num_shards=len(self.files), index=index)
@@ -166,6 +176,8 @@ class HubSource:
                     yield cell, 0.0
 
     def _cells(self, table: pa.Table) -> list[bytes | None]:
+        if self._lines:
+            return [line.encode("latin-1") for line in table.column("text").to_pylist()]
         if self._field not in table.column_names:
             raise BrokenFileError(f"no column {self._field!r} (has {', '.join(table.column_names)})")
         return cells(table.column(self._field), self._field)

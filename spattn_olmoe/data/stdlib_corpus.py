@@ -1,8 +1,8 @@
 """A corpus that every CPython has on board: python -m spattn_olmoe.data.stdlib_corpus FOLDER
 
 The language reference (``pydoc_data.topics``), the licence, and the standard library's docstrings laid out much as
-``help()`` does, in ``.jsonl`` files of ``{"text": ..., "id": ...}``. It is read from the library's source files; nothing
-of it is imported or run, so the same interpreter always gives the same bytes.
+``help()`` does, in ``.jsonl`` files of ``{"text": ..., "id": ...}``. It is read from the library's source files,
+without running any, so the same interpreter always gives the same bytes.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ def _reference(library: Path) -> Iterator[tuple[str, str]]:
     for node in ast.walk(tree) if tree else ():
         if isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
-                if isinstance(key, ast.Constant) and isinstance(value, ast.Constant) and isinstance(value.value, str):
-                    yield f"topics/{key.value}", value.value
+                match key, value:
+                    case ast.Constant(value=str(topic)), ast.Constant(value=str(text)):
+                        yield f"topics/{topic}", text
     licence = library / "LICENSE.txt"
     if licence.is_file():
         yield "LICENSE.txt", licence.read_text(encoding="utf-8")
