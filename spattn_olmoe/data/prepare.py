@@ -45,6 +45,9 @@ REJECTS = "rejects.jsonl"
 _ENOUGH_TO_JUDGE = 1000
 """Documents after which the share of rejects means something; at the end it is looked at in any case."""
 
+_CHUNKS_UNDER_WAY = 16
+"""Per worker. They are written in order: enough of them, and one slow worker or a slow disk holds up none of the others."""
+
 Report = Callable[[Progress, float | None], None]
 """Called after every chunk with the progress and the share of the work done (None where it cannot be known)."""
 
@@ -138,7 +141,7 @@ class _Run:
 
     def _work(self) -> None:
         n_workers = self.plan.config.workers or len(os.sched_getaffinity(0))
-        window = min(LAG - 1, 2 * n_workers + 2)
+        window = min(LAG - 1, _CHUNKS_UNDER_WAY * n_workers)
         due = time.monotonic() + self.plan.config.checkpoint_seconds
         under_way: deque[tuple[int, Chunk, Future[Encoded]]] = deque()
         chunks = self._chunks()
