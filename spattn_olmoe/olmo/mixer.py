@@ -114,6 +114,8 @@ class PatternAttentionConfig(AttentionConfig):
     ) -> PatternAttention:
         """Build the attention module of one layer."""
         self.validate()
+        if self.backend is not None or self.use_flash:
+            _warn_backend(str(self.backend) if self.backend is not None else "flash_2", self.impl)
         if self.head_dim is None and d_model % self.n_heads:
             raise OLMoConfigurationError(f"d_model={d_model} must be a multiple of n_heads={self.n_heads}")
         dense = {name: getattr(self, name) for name in _SUPPORTED if getattr(self, name) is not None}
@@ -280,6 +282,13 @@ class PatternBackend(AttentionBackend):
             scale=self.scale,
             head_offset=self.head_offset,
         ).contiguous()
+
+
+@functools.cache
+def _warn_backend(backend: str, impl: str) -> None:
+    log.warning(
+        "attention backend=%s is not used under an attention pattern: attention.impl=%s decides", backend, impl
+    )
 
 
 def warn_beyond_band_length(pattern: Pattern, T: int) -> None:
