@@ -69,10 +69,6 @@ class PatternAttentionConfig(AttentionConfig):
 
         :raises OLMoConfigurationError: unknown type or option, or a band length that does not fit.
         """
-        if self.band_seq_len < 1:
-            raise OLMoConfigurationError(
-                f"attention.seq_len={self.band_seq_len}: the band length must be at least 1; set it to the training length"
-            )
         try:
             return build_pattern(
                 self.pattern, n_heads=self.n_heads, seq_len=self.band_seq_len, **dict(self.pattern_options)
