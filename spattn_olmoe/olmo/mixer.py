@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from olmo_core.distributed.parallel.context_parallel import (
-    all_to_all_cp2hp,
     all_to_all_single_cp2hp,
     all_to_all_single_hp2cp,
 )
@@ -246,7 +245,8 @@ class PatternBackend(AttentionBackend):
         if self.cp_enabled:
             assert self.cp_pg is not None
             q = all_to_all_single_cp2hp(q, self.cp_pg)
-            k, v = all_to_all_cp2hp([k, v], self.cp_pg)
+            # As one tensor: the exchange of several fails on gloo in any group but that of all ranks.
+            k, v = all_to_all_single_cp2hp(torch.cat([k, v], dim=-1), self.cp_pg).chunk(2, dim=-1)
             offset += torch.distributed.get_rank(self.cp_pg) * q.shape[2]
         warn_beyond_band_length(self.pattern, q.shape[1])
         out = attention(
