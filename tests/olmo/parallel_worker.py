@@ -48,9 +48,11 @@ def main() -> None:
     runs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     apply_remedies()
     prepare_training_environment(seed=0, backend="gloo")
-    curves = {run["name"]: train(run["base"], run["overrides"], run.get("forget", False)) for run in runs}
-    if get_rank() == 0:
-        out.write_text(json.dumps(curves))
+    curves = {}
+    for run in runs:
+        curves[run["name"]] = train(run["base"], run["overrides"], run.get("forget", False))
+        if get_rank() == 0:
+            out.write_text(json.dumps(curves))
     teardown_training_environment()
 
 
