@@ -117,6 +117,8 @@ def _read_with_bases(path: Path, extending: tuple[Path, ...]) -> DictConfig:
     base = config.pop("extends", None)
     if base is None:
         return config
+    if not isinstance(base, str):
+        raise OLMoConfigurationError(f"{path}: extends={base} must be the name of one file")
     below = _read_with_bases(path.parent / base, (*extending, path))
     return typing.cast(DictConfig, OmegaConf.merge(below, config))
 
@@ -165,6 +167,11 @@ def _check_value(value: Any, expected: Any, where: str) -> None:
             if isinstance(value, kinds) and (option is bool or not isinstance(value, bool)):
                 return
             allowed.append(name)
+        elif (origin := typing.get_origin(option) or option) in _CONTAINERS or dataclasses.is_dataclass(origin):
+            kinds, name = _CONTAINERS.get(origin, _CONTAINERS[dict])
+            if isinstance(value, kinds):
+                return
+            allowed.append(name)
         else:
             return  # a class of its own: the decoder knows
     raise OLMoConfigurationError(f"{where}={value!r}: must be {' or '.join(allowed)}")
@@ -176,6 +183,13 @@ _PLAIN: dict[Any, tuple[Any, str]] = {
     float: ((int, float), "a number"),
     str: (str, "text"),
     type(None): (type(None), "null"),
+}
+
+
+_CONTAINERS: dict[Any, tuple[Any, str]] = {
+    dict: (dict, "a mapping"),
+    list: ((list, tuple), "a list"),
+    tuple: ((list, tuple), "a list"),
 }
 
 
