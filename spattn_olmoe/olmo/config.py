@@ -56,6 +56,16 @@ class ExperimentConfig(Config):
         """Tokens per training sequence."""
         return getattr(self.dataset, "sequence_length", None) or self.train_module.max_sequence_length
 
+    def as_config_dict(self) -> dict[str, Any]:
+        """The experiment as JSON can hold it. Unlike OLMo-core's own, with nulls: a null may stand for a default."""
+        return self.as_dict(
+            exclude_private_fields=True,
+            include_class_name=True,
+            include_registered_name=True,
+            json_safe=True,
+            recurse=True,
+        )
+
     def plan(self) -> AttentionPlan:
         """The attention section, checked."""
         return plan_attention(self.attention, seq_len=self.sequence_length)
