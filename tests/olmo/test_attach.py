@@ -188,4 +188,4 @@ def test_a_wrong_section_is_refused_with_what_would_be_right(section, said):
 
 @pytest.mark.parametrize("seq_len", ["long", 1.5, True])
 def test_a_band_length_of_the_wrong_kind_is_refused(model, seq_len):
-    refused(lambda: with_attention(model, **{"type": "eball", "seq_len": seq_len}), f"attention.seq_len={seq_len!r}")
+    refused(lambda: with_attention(model, type="eball", seq_len=seq_len), f"attention.seq_len={seq_len!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 
@@ -183,7 +184,7 @@ def test_documents_are_attended_as_if_each_were_alone(pattern, options):
     cu_doc_lens = torch.tensor(ends, dtype=torch.int32)
     packed = ours(x, cu_doc_lens=cu_doc_lens, max_doc_len=32).flatten(0, 1)
     flat = x.flatten(0, 1)
-    for start, stop in zip(ends, ends[1:], strict=False):
+    for start, stop in itertools.pairwise(ends):
         alone = ours(flat[None, start:stop])[0]
         torch.testing.assert_close(packed[start:stop], alone, atol=1e-5, rtol=1e-5)
     if pattern == "standard":
