@@ -1,4 +1,7 @@
-"""Text to shards, against its rivals: python benchmarks/data.py corpus/jsonl/*.jsonl.zst --tokenizer tokenizer.json
+"""Text to shards, against its rivals.
+
+    python scripts/benchmark.py data corpus/jsonl/*.jsonl.zst --tokenizer tokenizer.json --dolma dolma/bin/dolma \\
+        --datatrove datatrove/bin/python
 
 Four ways to tokenise the same files, one after the other, several rounds: ``encode_batch`` of tokenizers alone with the
 texts in memory and all cores (only those calls are timed), scripts/prepare_data.py, the dolma toolkit and datatrove
@@ -24,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import zstandard
-from provenance import provenance
 from tokenizers import Tokenizer
-from usage import Usage
 
 from spattn_olmoe.data.chunks import Position
 from spattn_olmoe.data.readers import read_file
+
+from . import machine
+from .usage import Usage
 
 ROOT = Path(__file__).parents[1]
 EOS_TOKEN, EOS_ID, PAD_ID = "<|endoftext|>", 50_279, 1  # of allenai/gpt-neox-olmo-dolma-v1_5
@@ -198,20 +202,21 @@ def table(runs: dict[str, list[dict[str, Any]]], text_bytes: int) -> dict[str, d
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", type=Path, nargs="+", help="JSON lines, compressed with zstd")
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json of gpt-neox-olmo-dolma-v1_5")
     parser.add_argument("--dolma", type=Path, required=True, help="the command `dolma`")
     parser.add_argument("--datatrove", type=Path, required=True, help="a Python that has datatrove")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--megabytes", type=int, default=100, help="take only so much of each file")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scratch", type=Path, help="where to put the shards while they are made")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "cpu" / "data.json")
-    args = parser.parse_args()
+    parser.add_argument("--results", type=Path, default=machine.results_folder("cpu") / "data.json")
+
+
+def run(args: argparse.Namespace) -> int:
     args.tokenizer = args.tokenizer.resolve()
-    record = provenance(["tokenizers", "zstandard", "numpy"])
+    record = machine.describe("cpu")
     record["rivals"] = rival_versions(args)
     record["files"] = {path.name: path.stat().st_size for path in args.files}
     record["result"] = race(args)
@@ -220,10 +225,5 @@ def main() -> int:
     print(json.dumps(record["result"]["table"], indent=1))
     counts = {name: runs[0]["tokens"] for name, runs in record["result"]["runs"].items()}
     if len(set(counts.values())) > 1:
-        print(f"error: the contenders' tokens differ: {counts}", file=sys.stderr)
-        return 1
+        raise ValueError(f"the contenders' tokens differ: {counts}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,6 @@
-"""Kill data preparation at random moments and compare what comes out: python benchmarks/data_resume.py CONFIG FOLDER
+"""Kill data preparation at random moments and compare what comes out.
+
+    python scripts/benchmark.py data_resume benchmarks/data_trial.yaml FOLDER
 
 The corpus is prepared once undisturbed, then again in a process that is killed with SIGKILL and started anew until it
 gets through. Every file of the two folders must be equal, byte for byte.
@@ -16,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from provenance import provenance
-from usage import Usage
+from . import machine
+from .usage import Usage
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_data.py"
 
@@ -59,7 +61,7 @@ def differences(a: Path, b: Path) -> list[str]:
     )
 
 
-def run(config: str, folder: Path, kills: int, seed: int) -> dict[str, Any]:
+def trial(config: str, folder: Path, kills: int, seed: int) -> dict[str, Any]:
     """One straight run, one with kills."""
     straight = prepare(config, folder / "straight")
     assert straight is not None
@@ -87,23 +89,21 @@ def run(config: str, folder: Path, kills: int, seed: int) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config")
     parser.add_argument("folder", type=Path, help="must not exist")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "cpu" / "data_resume.json")
-    args = parser.parse_args()
+    parser.add_argument("--results", type=Path, default=machine.results_folder("cpu") / "data_resume.json")
+
+
+def run(args: argparse.Namespace) -> int:
     args.folder.mkdir(parents=True)
-    record = provenance(["tokenizers", "zstandard", "pyarrow", "numpy"])
-    record["result"] = run(args.config, args.folder, args.kills, args.seed)
+    record = machine.describe("cpu")
+    record["result"] = trial(args.config, args.folder, args.kills, args.seed)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.write_text(json.dumps(record, indent=1) + "\n")
-    equal = not record["result"]["different_files"]
-    print(f"{len(record['result']['kills'])} kills: {'every file is identical' if equal else 'FILES DIFFER'}")
-    return not equal
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    if different := record["result"]["different_files"]:
+        raise ValueError(f"{len(record['result']['kills'])} kills: these files differ: {', '.join(different)}")
+    print(f"{len(record['result']['kills'])} kills: every file is identical")
+    return 0

@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "flash-sparse-attn", "ai2-olmo-core")
+PACKAGES = (
+    *("torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "flash-sparse-attn", "ai2-olmo-core"),
+    *("tokenizers", "datasets", "numpy", "pyarrow", "zstandard"),
+)
 
 
 class Bound(NamedTuple):
@@ -36,6 +39,8 @@ def describe(device: str) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "driver": _driver() if device == "cuda" else None,

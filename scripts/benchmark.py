@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is n
 
 SUBCOMMANDS = {
     "attention": "ours against other kernels, under every distance mask",
+    "data": "text to shards, ours against the dolma toolkit and datatrove",
+    "data_resume": "data preparation, killed at random moments: are the bytes the same",
     "tune": "tile configurations of the fused kernels on this GPU",
 }
 
