@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,3 @@ def torchrun(n_ranks: int, script: Path, *args: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value))
-
-
-def dotlist(values: Mapping[str, Any] | Iterable[str]) -> Sequence[str]:
-    return [f"{key}={value}" for key, value in values.items()] if isinstance(values, Mapping) else list(values)
