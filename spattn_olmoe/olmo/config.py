@@ -56,6 +56,16 @@ class ExperimentConfig(Config):
         """Tokens per training sequence."""
         return getattr(self.dataset, "sequence_length", None) or self.train_module.max_sequence_length
 
+    def as_config_dict(self) -> dict[str, Any]:
+        """The experiment as JSON can hold it. Unlike OLMo-core's own, with nulls: a null may stand for a default."""
+        return self.as_dict(
+            exclude_private_fields=True,
+            include_class_name=True,
+            include_registered_name=True,
+            json_safe=True,
+            recurse=True,
+        )
+
     def plan(self) -> AttentionPlan:
         """The attention section, checked."""
         return plan_attention(self.attention, seq_len=self.sequence_length)
@@ -130,6 +140,8 @@ def _read_with_bases(path: Path, extending: tuple[Path, ...]) -> DictConfig:
     base = config.pop("extends", None)
     if base is None:
         return config
+    if not isinstance(base, str):
+        raise OLMoConfigurationError(f"{path}: extends={base} must be the name of one file")
     below = _read_with_bases(path.parent / base, (*extending, path))
     return typing.cast(DictConfig, OmegaConf.merge(below, config))
 
@@ -178,6 +190,11 @@ def _check_value(value: Any, expected: Any, where: str) -> None:
             if isinstance(value, kinds) and (option is bool or not isinstance(value, bool)):
                 return
             allowed.append(name)
+        elif (origin := typing.get_origin(option) or option) in _CONTAINERS or dataclasses.is_dataclass(origin):
+            kinds, name = _CONTAINERS.get(origin, _CONTAINERS[dict])
+            if isinstance(value, kinds):
+                return
+            allowed.append(name)
         else:
             return  # a class of its own: the decoder knows
     raise OLMoConfigurationError(f"{where}={value!r}: must be {' or '.join(allowed)}")
@@ -189,6 +206,13 @@ _PLAIN: dict[Any, tuple[Any, str]] = {
     float: ((int, float), "a number"),
     str: (str, "text"),
     type(None): (type(None), "null"),
+}
+
+
+_CONTAINERS: dict[Any, tuple[Any, str]] = {
+    dict: (dict, "a mapping"),
+    list: ((list, tuple), "a list"),
+    tuple: ((list, tuple), "a list"),
 }
 
 

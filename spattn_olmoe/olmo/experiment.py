@@ -14,8 +14,10 @@ from olmo_core.distributed.parallel import DataParallelType
 from olmo_core.distributed.utils import broadcast_object, get_rank
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.io import is_url
+from olmo_core.nn.transformer import TransformerBlockConfig
 from olmo_core.train import LoadStrategy, Trainer, prepare_training_environment
 from olmo_core.train.callbacks import ConfigSaverCallback, ConsoleLoggerCallback, SpeedMonitorCallback
+from olmo_core.train.train_module import TransformerTrainModuleConfig
 from olmo_core.utils import seed_all
 
 from ..data.manifest import verify
@@ -24,6 +26,7 @@ from .config import ExperimentConfig
 from .fingerprint import FILE_NAME as FINGERPRINT_FILE
 from .fingerprint import Fingerprint, check_checkpoint
 from .generation import TOKENIZER_FILE
+from .mixer import PatternAttentionConfig
 from .remedies import apply_remedies
 
 log = logging.getLogger(__name__)
@@ -121,7 +124,7 @@ def check_layout(config: ExperimentConfig, world_size: int) -> None:
                 f"start a multiple of {degree * part.degree} ranks or lower the degree"
             )
         degree *= part.degree
-    parallel = degree > 1 or module.ep_config is not None
+    parallel = any(x is not None for x in (module.tp_config, module.cp_config, module.pp_config, module.ep_config))
     if world_size > 1 and module.dp_config is None:
         raise OLMoConfigurationError(
             f"train_module.dp_config is not set but {world_size} ranks were started: each would train a model of its own; "
@@ -137,6 +140,8 @@ def check_layout(config: ExperimentConfig, world_size: int) -> None:
             "train_module.dp_config must be set with any other parallelism: set its name to fsdp"
         )
     ranks = world_size // degree
+    _check_shards(config)
+    _check_data_parallel(module, ranks)
     if config.data_loader.global_batch_size % (ranks * T):
         raise OLMoConfigurationError(
             f"data_loader.global_batch_size={config.data_loader.global_batch_size} (tokens) must be a multiple of "
@@ -147,6 +152,63 @@ def check_layout(config: ExperimentConfig, world_size: int) -> None:
         raise OLMoConfigurationError(
             f"train_module.rank_microbatch_size={module.rank_microbatch_size} (tokens) must divide the {per_rank} tokens "
             f"that each of {ranks} data-parallel ranks takes of a batch; set it to {per_rank} or a divisor"
+        )
+
+
+def _check_shards(config: ExperimentConfig) -> None:
+    """Raise where tensor, context or expert parallelism would have to cut a head, a token or an expert."""
+    module = config.train_module
+    if module.cp_config is not None and module.cp_config.ring is not None:
+        raise OLMoConfigurationError(
+            "train_module.cp_config.ring knows only the causal mask: use Ulysses, train_module.cp_config.uly={} without ring"
+        )
+    model = config.model_with_attention()
+    assert isinstance(model.block, TransformerBlockConfig)  # attach() refuses others
+    blocks = [model.block, *(model.block_overrides or {}).values()]
+    tp = module.tp_config.degree if module.tp_config is not None else 1
+    cp = module.cp_config.degree if module.cp_config is not None else 1
+    ep = module.ep_config.degree if module.ep_config is not None else 1
+    sequence, heads, experts = [("dataset.sequence_length", config.sequence_length)], [], []
+    for block in blocks:
+        mixer, moe = block.sequence_mixer, block.feed_forward_moe
+        assert isinstance(mixer, PatternAttentionConfig)
+        heads += [("n_heads", mixer.n_heads), ("n_kv_heads", mixer.n_kv_heads or mixer.n_heads)]
+        experts += [("num_experts", moe.num_experts)] if moe is not None else []
+    both = f"tp_config.degree={tp} x cp_config.degree={cp}" if tp > 1 < cp else ""
+    for degree, name, parts in (
+        (tp * cp, both or (f"cp_config.degree={cp}" if cp > 1 else f"tp_config.degree={tp}"), heads + sequence),
+        (tp, f"tp_config.degree={tp}", experts),
+        (ep, f"ep_config.degree={ep}", experts),
+    ):
+        for key, size in parts:
+            if size % degree:
+                raise OLMoConfigurationError(f"train_module.{name} does not divide {key}={size}: lower the degree")
+
+
+def _check_data_parallel(module: TransformerTrainModuleConfig, ranks: int) -> None:
+    """Raise unless ``ranks`` data-parallel ranks can be the replicas, shards and expert groups that are asked for."""
+    dp, ep = module.dp_config, module.ep_config
+    hsdp = dp is not None and dp.name == DataParallelType.hsdp
+    if dp is not None and hsdp:
+        for key in ("shard_degree", "num_replicas"):
+            part = getattr(dp, key)
+            if part is not None and (part < 1 or ranks % part):
+                raise OLMoConfigurationError(
+                    f"train_module.dp_config.{key}={part} does not divide the {ranks} data-parallel ranks: "
+                    "set it to a divisor of them"
+                )
+    if ep is None:
+        return
+    for other in ("tp_config", "cp_config"):
+        if getattr(module, other) is not None:
+            raise OLMoConfigurationError(
+                f"train_module.ep_config with {other} does not work in OLMo-core 3.0.0: leave one of them unset"
+            )
+    if dp is None or not hsdp or dp.shard_degree != ep.degree:
+        found = f"name={dp.name} and shard_degree={dp.shard_degree}" if dp is not None else "none"
+        raise OLMoConfigurationError(
+            f"train_module.ep_config.degree={ep.degree} needs train_module.dp_config.name=hsdp and "
+            f"train_module.dp_config.shard_degree={ep.degree}, not {found}"
         )
 
 

@@ -43,18 +43,18 @@ class Fingerprint:
     def read(cls, checkpoint: str) -> Fingerprint | None:
         """The fingerprint of a checkpoint, or else of the run it lies in, local or at a URL; None where there is none."""
         for folder in (checkpoint, str(checkpoint).rstrip("/").rpartition("/")[0]):
+            path = f"{str(folder).rstrip('/')}/{FILE_NAME}"
             try:
-                text = cached_path(f"{folder}/{FILE_NAME}").read_text()
-                break
+                data = json.loads(cached_path(path).read_text())
+                found = cls(layers=tuple(data["layers"]), shape={key: int(data["shape"][key]) for key in _SHAPE})
             except FileNotFoundError:
                 continue
-        else:
-            return None
-        try:
-            data = json.loads(text)
-            return cls(layers=tuple(data["layers"]), shape=dict(data["shape"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise OLMoConfigurationError(f"{checkpoint}/{FILE_NAME} is damaged ({error}): restore it") from None
+            except (ValueError, KeyError, TypeError) as error:  # no text and no JSON are ValueErrors both
+                raise OLMoConfigurationError(f"{path} is damaged ({error}): restore it") from None
+            if len(found.layers) != found.shape["n_layers"]:
+                raise OLMoConfigurationError(f"{path} is damaged ({len(found.layers)} layers): restore it")
+            return found
+        return None
 
 
 def check_checkpoint(checkpoint: str, model: TransformerConfig, *, allow_attention_change: bool) -> str | None:

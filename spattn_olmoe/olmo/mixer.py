@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from olmo_core.distributed.parallel.context_parallel import (
-    all_to_all_cp2hp,
     all_to_all_single_cp2hp,
     all_to_all_single_hp2cp,
 )
@@ -69,10 +68,6 @@ class PatternAttentionConfig(AttentionConfig):
 
         :raises OLMoConfigurationError: unknown type or option, or a band length that does not fit.
         """
-        if self.band_seq_len < 1:
-            raise OLMoConfigurationError(
-                f"attention.seq_len={self.band_seq_len}: the band length must be at least 1; set it to the training length"
-            )
         try:
             return build_pattern(
                 self.pattern, n_heads=self.n_heads, seq_len=self.band_seq_len, **dict(self.pattern_options)
@@ -114,6 +109,8 @@ class PatternAttentionConfig(AttentionConfig):
     ) -> PatternAttention:
         """Build the attention module of one layer."""
         self.validate()
+        if self.backend is not None or self.use_flash:
+            _warn_backend(str(self.backend) if self.backend is not None else "flash_2", self.impl)
         if self.head_dim is None and d_model % self.n_heads:
             raise OLMoConfigurationError(f"d_model={d_model} must be a multiple of n_heads={self.n_heads}")
         dense = {name: getattr(self, name) for name in _SUPPORTED if getattr(self, name) is not None}
@@ -248,7 +245,8 @@ class PatternBackend(AttentionBackend):
         if self.cp_enabled:
             assert self.cp_pg is not None
             q = all_to_all_single_cp2hp(q, self.cp_pg)
-            k, v = all_to_all_cp2hp([k, v], self.cp_pg)
+            # As one tensor: the exchange of several fails on gloo in any group but that of all ranks.
+            k, v = all_to_all_single_cp2hp(torch.cat([k, v], dim=-1), self.cp_pg).chunk(2, dim=-1)
             offset += torch.distributed.get_rank(self.cp_pg) * q.shape[2]
         warn_beyond_band_length(self.pattern, q.shape[1])
         out = attention(
@@ -280,6 +278,11 @@ class PatternBackend(AttentionBackend):
             scale=self.scale,
             head_offset=self.head_offset,
         ).contiguous()
+
+
+@functools.cache
+def _warn_backend(backend: str, impl: str) -> None:
+    log.warning("attention backend=%s is not used under an attention pattern: attention.impl=%s decides", backend, impl)
 
 
 def warn_beyond_band_length(pattern: Pattern, T: int) -> None:
