@@ -147,6 +147,21 @@ def _with_mixer(block: TransformerBlockConfig, plan: AttentionPlan, d_model: int
     return out
 
 
+def with_band_length(model: TransformerConfig, band_length: str) -> TransformerConfig:
+    """A copy of a model config with patterns, whose band length follows training (``train``) or the input (``input``).
+
+    :raises OLMoConfigurationError: it is neither, or a layer has no pattern.
+    """
+    model = copy.deepcopy(model)
+    assert isinstance(model.block, TransformerBlockConfig)
+    for block in (model.block, *(model.block_overrides or {}).values()):
+        if isinstance(block.sequence_mixer, PatternAttentionConfig):
+            block.sequence_mixer.pattern_options["band_length"] = band_length
+    for pattern in layer_patterns(model):
+        assert pattern.band_length == band_length
+    return model
+
+
 def layer_patterns(model: TransformerConfig) -> Iterator[Pattern]:
     """The pattern of every layer of a model config that has them."""
     assert isinstance(model.block, TransformerBlockConfig)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.generate.generation_module import GenerationConfig, TransformerGenerationModule
+from olmo_core.nn.transformer import TransformerConfig
 from olmo_core.train import Checkpointer
 from tokenizers import Tokenizer
 
@@ -51,12 +52,18 @@ def load_tokenizer(checkpoint: str | Path) -> Tokenizer:
     return parse_tokenizer(data, name)
 
 
-def load_generator(checkpoint: str, device: torch.device | None = None) -> TransformerGenerationModule:
-    """A generation module with a checkpoint's weights; model, attention and token ids come from its ``config.json``."""
+def load_generator(
+    checkpoint: str, device: torch.device | None = None, *, model: TransformerConfig | None = None
+) -> TransformerGenerationModule:
+    """A generation module with a checkpoint's weights; token ids come from its ``config.json``.
+
+    :param model: the model to load them into; by default the one that ``config.json`` describes.
+    """
     apply_remedies()
     tokenizer = read_checkpoint_config(checkpoint)["dataset"]["tokenizer"]
     return TransformerGenerationModule.from_checkpoint(
         checkpoint,
+        transformer_config=model,
         generation_config=GenerationConfig(
             pad_token_id=tokenizer["pad_token_id"], eos_token_id=tokenizer["eos_token_id"]
         ),

@@ -1,0 +1,109 @@
+"""Checkpoints as evaluation loads them: checked first, then one model with its tokenizer."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.generate.generation_module import TransformerGenerationModule
+from olmo_core.nn.transformer import TransformerConfig
+from tokenizers import Tokenizer
+from torch.distributed.checkpoint.api import CheckpointException
+
+from ..data.config import TokenizerSection
+from ..data.tokenizer import find_tokenizer, parse_tokenizer, vocab_size
+from ..olmo.attach import layer_patterns, with_band_length
+from ..olmo.fingerprint import check_checkpoint
+from ..olmo.generation import load_generator, load_tokenizer, read_checkpoint_config, resolve_checkpoint
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint says about itself, before its weights are read.
+
+    :param path: the checkpoint's own folder, ``.../stepN``.
+    :param config: its ``config.json``.
+    :param model: the model, with ``band_length`` as asked for.
+    :param layers: the attention pattern of every layer of ``model``.
+    """
+
+    path: str
+    config: dict[str, Any]
+    model: TransformerConfig
+    layers: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def open(cls, folder: str | Path, *, band_length: str | None = None) -> Checkpoint:
+        """Find the checkpoint in a folder and compare its config with its ``attention.json``.
+
+        :param band_length: ``train`` or ``input`` instead of what the checkpoint was trained with.
+        :raises OLMoConfigurationError: there is none, it does not say what attention it has, or contradicts itself.
+        """
+        if band_length not in (None, "train", "input"):
+            raise OLMoConfigurationError(f"band_length={band_length!r}: must be 'train' or 'input'")
+        path = resolve_checkpoint(folder)
+        config = read_checkpoint_config(path)
+        try:
+            model = TransformerConfig.from_dict(config["model"])
+        except KeyError as error:
+            raise OLMoConfigurationError(f"{path}/config.json has no {error}: it describes no model") from None
+        check_checkpoint(path, model, allow_attention_change=False)
+        if band_length is not None:
+            model = with_band_length(model, band_length)
+        return cls(path, config, model, tuple(pattern.to_config() for pattern in layer_patterns(model)))
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a training sequence."""
+        return self.config["dataset"]["sequence_length"]
+
+    @property
+    def eos_token_id(self) -> int:
+        return self.config["dataset"]["tokenizer"]["eos_token_id"]
+
+    @property
+    def follows_input(self) -> bool:
+        """Whether the mask of some layer depends on the length of its input."""
+        return any(layer["band_length"] == "input" for layer in self.layers)
+
+    def tokenizer(self, override: str | Path | None = None) -> Tokenizer:
+        """The checkpoint's tokenizer, or another ``tokenizer.json``.
+
+        :raises ValueError: there is none, or it has ids that the model does not.
+        """
+        if override is None:
+            try:
+                tokenizer = load_tokenizer(self.path)
+            except ValueError as error:
+                raise OLMoConfigurationError(
+                    f"{self.path} has no tokenizer.json, and: {error}; give the file with tokenizer=FILE"
+                ) from None
+        else:
+            data, _ = find_tokenizer(TokenizerSection(identifier=str(override)))
+            tokenizer = parse_tokenizer(data, str(override))
+        if (size := vocab_size(tokenizer)) > self.model.vocab_size:
+            raise OLMoConfigurationError(
+                f"tokenizer of {self.path}: it has {size} ids but the model only {self.model.vocab_size}: "
+                "give the one the model was trained with"
+            )
+        return tokenizer
+
+    def load(self, device: torch.device | None = None) -> TransformerGenerationModule:
+        """The model with its weights.
+
+        :raises OLMoConfigurationError: files of the checkpoint are missing or cut off.
+        """
+        try:
+            return load_generator(self.path, device, model=self.model)
+        except (CheckpointException, EOFError, pickle.UnpicklingError, RuntimeError, OSError) as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise OLMoConfigurationError(
+                f"checkpoint {self.path} cannot be read, a file is missing, cut off or damaged ({first}): "
+                "restore it, or name an older stepN"
+            ) from error
