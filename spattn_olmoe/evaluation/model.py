@@ -106,7 +106,7 @@ class SPAttnLM(TemplateLM):
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         progress = tqdm(total=len(requests), desc="Scoring", disable=disable_tqdm)
         for batch in self._batches(list(rows.items())):
-            for tokens, indices, logprobs in self._last_logprobs(batch, requests):
+            for indices, logprobs in self._last_logprobs(batch, requests):
                 for index in indices:
                     scores[index] = _score(logprobs, requests[index][2])
                     if requests[index][0] is not None:
@@ -130,7 +130,7 @@ class SPAttnLM(TemplateLM):
     @torch.inference_mode()
     def _last_logprobs(
         self, batch: list[tuple[tuple[int, ...], list[int]]], requests: list[tuple[Any, list[int], list[int]]]
-    ) -> Iterator[tuple[tuple[int, ...], list[int], Tensor]]:
+    ) -> Iterator[tuple[list[int], Tensor]]:
         """For each row, log-probabilities ``(positions, vocabulary)`` at its last positions, as many as are scored."""
         lengths = torch.tensor([len(tokens) for tokens, _ in batch])
         scored = [max(len(requests[i][2]) for i in indices) for _, indices in batch]
@@ -140,8 +140,8 @@ class SPAttnLM(TemplateLM):
         # (rows, most scored positions), aligned at each row's own end; a row's spare places repeat its first position
         places = (lengths[:, None] - max(scored) + torch.arange(max(scored))).clamp(min=0)
         logits = self._module.model_forward(input_ids, logits_to_keep=places.to(self.device))
-        for row, (tokens, indices) in enumerate(batch):
-            yield tokens, indices, logits[row, -scored[row] :].float().log_softmax(-1)
+        for row, (_, indices) in enumerate(batch):
+            yield indices, logits[row, -scored[row] :].float().log_softmax(-1)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows of ``max_length`` that each predict their own tokens once."""
@@ -179,7 +179,9 @@ class SPAttnLM(TemplateLM):
         for key, rows in groups.items():
             options = json.loads(key)
             for batch in self._batches(rows):
-                for (_, index), tokens in zip(batch, self._continue([tokens for tokens, _ in batch], options), strict=True):
+                for (_, index), tokens in zip(
+                    batch, self._continue([tokens for tokens, _ in batch], options), strict=True
+                ):
                     texts[index] = postprocess_generated_text(self._tokenizer.decode(tokens), options["until"], None)
                     self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
                 progress.update(len(batch))
@@ -198,7 +200,7 @@ class SPAttnLM(TemplateLM):
         if unknown:
             raise ValueError(f"generation options {sorted(unknown)} are not supported (known: {', '.join(_SAMPLING)})")
         stops = sorted({id for until in options["until"] for id in self._tokens_with(until)})
-        tokens, _, _ = self._module.generate_batch(
+        new, _, _ = self._module.generate_batch(
             input_ids,
             attention_mask=mask,
             completions_only=True,
@@ -208,7 +210,7 @@ class SPAttnLM(TemplateLM):
             stop_token_ids=stops or None,
             **{key: options[key] for key in _SAMPLING if options.get(key) is not None},
         )
-        return [_before(row, self.eot_token_id) for row in tokens.tolist()]
+        return [_before(row, self.eot_token_id) for row in new.tolist()]
 
     @functools.cache  # noqa: B019  one model a process, and few stop strings
     def _tokens_with(self, text: str) -> list[int]:

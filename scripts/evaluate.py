@@ -1,0 +1,46 @@
+"""Evaluate checkpoints: the paper's tables, any task of lm-eval, paired comparisons, held-out loss.
+
+python scripts/evaluate.py --checkpoint runs/quickstart-spattention --suite table1 --limit 100
+python scripts/evaluate.py --checkpoint DIR --tasks piqa,sciq band_length=input
+python scripts/evaluate.py --compare results/a/table1.json results/b/table1.json
+python scripts/evaluate.py --checkpoint DIR_A DIR_B --loss
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from spattn_olmoe.cli import quiet, user_errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--checkpoint",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="a checkpoint, or a run's folder for its newest one",
+    )
+    parser.add_argument("--suite", help="table1 (the default), table2, table3 or core")
+    parser.add_argument("--tasks", help="names of lm-eval's tasks and groups, with commas between, instead of a suite")
+    parser.add_argument("--num-fewshot", type=int, help="worked examples, with --tasks")
+    parser.add_argument("--limit", type=int, help="the first so many questions of each task, or sequences with --loss")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--out", help="folder of the results; by default the checkpoint's, in evaluation/")
+    parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="paired differences of two results")
+    parser.add_argument("--loss", action="store_true", help="held-out loss of one or more checkpoints")
+    parser.add_argument("--data", help="with --loss: prepared data to read instead of the checkpoint's own")
+    parser.add_argument(
+        "options", nargs="*", metavar="key=value", help="offline, band_length, max_length, tokenizer, device"
+    )
+    args = parser.parse_intermixed_args()
+    with user_errors():
+        quiet()
+        from spattn_olmoe.evaluation.commands import main as run
+
+        run(args)
+
+
+if __name__ == "__main__":
+    main()

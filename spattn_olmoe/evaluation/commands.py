@@ -1,0 +1,168 @@
+"""What ``scripts/evaluate.py`` does."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from ..patterns.registry import nearest
+
+_OPTIONS = ("offline", "band_length", "max_length", "tokenizer", "device")
+LOSS_FORMAT = "spattn_olmoe held-out loss 1"
+
+
+def main(args: argparse.Namespace) -> None:
+    """One of: a comparison of two results, held-out loss, or a suite.
+
+    :raises ValueError: arguments that do not fit together, or cannot be honoured.
+    """
+    checkpoints = [word for word in args.checkpoint if not _is_option(word)]
+    options = read_options([*(word for word in args.checkpoint if _is_option(word)), *args.options])
+    _check(args, checkpoints, options)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if args.compare:
+        _compare(args)
+    elif args.loss:
+        _loss(args, checkpoints, options)
+    else:
+        _suite(args, checkpoints[0], options)
+
+
+def _is_option(word: str) -> bool:
+    return "=" in word and not os.path.exists(word)
+
+
+def read_options(words: list[str]) -> dict[str, Any]:
+    """``key=value`` words as typed values.
+
+    :raises ValueError: a word of another form, an unknown key, or a value of the wrong type.
+    """
+    options: dict[str, Any] = {}
+    for word in words:
+        key, sign, value = word.partition("=")
+        if not sign or key not in _OPTIONS:
+            raise ValueError(
+                f"{word}: not an option{nearest(key, _OPTIONS)} (known: {', '.join(_OPTIONS)}, as key=value)"
+            )
+        if key == "offline" and value not in ("true", "false"):
+            raise ValueError(f"offline={value}: must be true or false")
+        if key == "max_length" and (not value.isdecimal() or int(value) < 1):
+            raise ValueError(f"max_length={value}: must be a whole number of at least 1")
+        options[key] = {"offline": value == "true", "max_length": int(value) if value.isdecimal() else 0}.get(
+            key, value
+        )
+    return options
+
+
+def _check(args: argparse.Namespace, checkpoints: list[str], options: dict[str, Any]) -> None:
+    if args.compare and (checkpoints or args.loss or args.suite or args.tasks):
+        raise ValueError("--compare takes two results files and nothing else but --out")
+    if args.compare:
+        return
+    if not checkpoints:
+        raise ValueError("name a checkpoint with --checkpoint DIR, or two results with --compare A.json B.json")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit}: must be at least 1")
+    if args.loss:
+        if args.suite or args.tasks:
+            raise ValueError("--loss takes no --suite and no --tasks: evaluate those in a call of their own")
+        for key in ("offline", "max_length", "tokenizer"):
+            if key in options:
+                raise ValueError(f"{key}={options[key]}: --loss reads prepared tokens and has no use for it")
+        return
+    if len(checkpoints) > 1:
+        raise ValueError(
+            f"--checkpoint names {len(checkpoints)}: only --loss takes several; evaluate one and --compare"
+        )
+    if args.data:
+        raise ValueError(f"--data {args.data}: only --loss reads prepared data")
+    if args.suite and args.tasks:
+        raise ValueError("--suite and --tasks exclude each other: give one")
+    if args.num_fewshot is not None and not args.tasks:
+        raise ValueError("--num-fewshot goes with --tasks: a suite's columns have their own")
+
+
+def _suite(args: argparse.Namespace, checkpoint: str, options: dict[str, Any]) -> None:
+    from .checkpoint import Checkpoint
+    from .suites import find_suite, suite_of_tasks
+
+    names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
+    suite = suite_of_tasks(names, args.num_fewshot) if args.tasks else find_suite(args.suite or "table1")
+    opened = Checkpoint.open(checkpoint, band_length=options.get("band_length"))
+    offline = options.pop("offline", True)
+    if offline:  # before anything imports datasets, which decides once
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    from . import report, run
+
+    folder = run.writable_folder(args.out or Path(opened.path) / "evaluation")
+    with run.task_manager(suite, offline) as manager:
+        from .model import SPAttnLM
+
+        lm = SPAttnLM(opened.path, batch_size=args.batch_size, **options)
+        results = run.evaluate(lm, suite, manager, from_wheel=offline, limit=args.limit)
+    stem = folder / suite.name
+    run.write(results, stem.with_name(f"{stem.name}.json"))
+    print(report.markdown(results))
+    print(*[stem.with_name(f"{stem.name}.json"), *report.write_tables(results, stem)], sep="\n")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from .compare import compare
+    from .report import comparison_markdown
+    from .run import read, writable_folder
+
+    a, b = (read(path) for path in args.compare)
+    text = comparison_markdown(a, b, compare(a, b))
+    print(text)
+    if args.out:
+        path = writable_folder(args.out) / "comparison.md"
+        path.write_text(text)
+        print(path)
+
+
+def _loss(args: argparse.Namespace, folders: list[str], options: dict[str, Any]) -> None:
+    import numpy as np
+
+    from . import loss
+    from .checkpoint import Checkpoint
+    from .report import attention_name
+    from .run import versions, writable_folder, write
+
+    checkpoints = [Checkpoint.open(folder, band_length=options.get("band_length")) for folder in folders]
+    folder = writable_folder(args.out or Path(checkpoints[0].path) / "evaluation")
+    held_out = loss.HeldOut.read(checkpoints[0], args.data, args.limit)
+    for checkpoint in checkpoints[1:]:
+        other = loss.HeldOut.read(checkpoint, args.data, args.limit)
+        if not np.array_equal(other.ids, held_out.ids):
+            raise ValueError(
+                f"{checkpoint.path} has other held-out sequences than {checkpoints[0].path}: losses over different text, "
+                "tokens or lengths cannot be paired; give one set with --data DIR"
+            )
+    runs: list[dict[str, Any]] = []
+    for checkpoint in checkpoints:
+        rows = loss.summarise(
+            loss.token_losses(checkpoint, held_out, batch_size=args.batch_size, device=options.get("device"))
+        )
+        run = {"attention": list(checkpoint.layers), "band_length": checkpoint.layers[0]["band_length"]}
+        run |= {"checkpoint": checkpoint.path, "attention_name": attention_name(run), "loss": rows}
+        if runs:
+            run["difference_from_first"] = loss.differences(runs[0]["loss"], rows)
+        runs.append(run)
+    results = {
+        "format": LOSS_FORMAT,
+        "data": held_out.directory,
+        "sequences": len(held_out.ids),
+        "length": held_out.ids.shape[1],
+        "versions": versions(),
+        "checkpoints": runs,
+    }
+    write(results, folder / "loss.json")
+    text = loss.markdown(results)
+    (folder / "loss.md").write_text(text)
+    print(text)
+    print(folder / "loss.json", folder / "loss.md", sep="\n")

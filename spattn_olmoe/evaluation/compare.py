@@ -1,0 +1,170 @@
+"""Two results over the same questions: what can be said of their difference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import statistics
+from .suites import SUITES, Column
+
+NO_DIFFERENCE = "no difference can be seen"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One column's paired difference, B minus A.
+
+    :param interval: 95 % confidence interval of the difference, by a paired bootstrap over questions.
+    :param only_a: questions that only A answered right; None where the metric is not right or wrong.
+    :param p: McNemar's exact test for right or wrong, else a paired permutation test; normal for an average.
+    :param p_adjusted: ``p`` after Holm, for all columns of the table together: what the verdict goes by.
+    """
+
+    label: str
+    metric: str
+    n: int
+    a: float
+    b: float
+    interval: tuple[float, float]
+    only_a: int | None
+    only_b: int | None
+    p: float
+    p_adjusted: float
+
+    @property
+    def difference(self) -> float:
+        return self.b - self.a
+
+    @property
+    def verdict(self) -> str:
+        if self.p_adjusted >= statistics.LEVEL:
+            return NO_DIFFERENCE
+        return "B is higher" if self.difference > 0 else "A is higher"
+
+
+def compare(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
+    """Paired differences of two results, column by column, and of their average in the paper's tables.
+
+    :raises ValueError: they are not of the same questions in the same order and form.
+    """
+    _check_comparable(a, b)
+    found = []
+    for column in columns_of(a):
+        for metric in mean_metrics(a["measurements"][column.key], column):
+            x, y = (question_values(r["measurements"][column.key], metric) for r in (a, b))
+            found.append(_difference(column, metric, x, y))
+    average = _average_difference(a, b)
+    adjusted = statistics.holm([d["p"] for d in found])
+    rows = [Difference(**d, p_adjusted=p) for d, p in zip(found, adjusted, strict=True)]
+    return rows + ([Difference(**average, p_adjusted=average["p"])] if average else [])
+
+
+def columns_of(results: dict[str, Any]) -> tuple[Column, ...]:
+    """The columns of a result's table."""
+    return tuple(Column(**column) for column in results["columns"])
+
+
+def mean_metrics(measurement: dict[str, Any], column: Column) -> list[str]:
+    """The metrics that a column shows and that are means over its questions."""
+    shown = [column.metric] if column.metric else list(measurement["metrics"])
+    return [
+        metric
+        for metric in shown
+        if all(metric in leaf for leaf in measurement["questions"].values())
+        and abs(np.mean(question_values(measurement, metric)) - measurement["metrics"][metric]["value"]) < 1e-9
+    ]
+
+
+def question_values(measurement: dict[str, Any], metric: str) -> np.ndarray:
+    """Every question's value of a metric, task by task."""
+    return np.concatenate([np.asarray(leaf[metric], dtype=float) for leaf in measurement["questions"].values()])
+
+
+def average(results: dict[str, Any]) -> tuple[float, float] | None:
+    """The mean of a paper table's columns and its standard error; None for other suites.
+
+    Columns that ask the same questions, 0- and 5-shot, err together: a question counts with all that it adds.
+    """
+    if results["suite"] not in SUITES or not SUITES[results["suite"]].paper:
+        return None
+    values, contributions = _contributions(results)
+    return float(np.mean(values)), _cluster_stderr(contributions)
+
+
+def _contributions(results: dict[str, Any]) -> tuple[list[float], dict[tuple[str, int], float]]:
+    """The columns' values, and what each question adds to their average, less the expected."""
+    columns = columns_of(results)
+    values: list[float] = []
+    added: dict[tuple[str, int], float] = {}
+    for column in columns:
+        assert column.metric is not None
+        measurement = results["measurements"][column.key]
+        value, n = (measurement["metrics"][column.metric][key] for key in ("value", "n"))
+        values.append(value)
+        for leaf, questions in measurement["questions"].items():
+            for index, x in enumerate(questions[column.metric]):
+                place = leaf, index
+                added[place] = added.get(place, 0.0) + (x - value) / (n * len(columns))
+    return values, added
+
+
+def _cluster_stderr(contributions: dict[tuple[str, int], float]) -> float:
+    return math.sqrt(sum(x * x for x in contributions.values()))
+
+
+def _average_difference(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any] | None:
+    if average(a) is None:
+        return None
+    (va, ca), (vb, cb) = _contributions(a), _contributions(b)
+    x, y = float(np.mean(va)), float(np.mean(vb))
+    stderr = _cluster_stderr({place: cb[place] - ca[place] for place in ca})
+    p = statistics.two_sided((y - x) / stderr) if stderr else 1.0
+    return {
+        "label": "Average",
+        "metric": "acc",
+        "n": len(ca),
+        "a": x,
+        "b": y,
+        "interval": (y - x - 1.96 * stderr, y - x + 1.96 * stderr),
+        "only_a": None,
+        "only_b": None,
+        "p": p,
+    }
+
+
+def _difference(column: Column, metric: str, x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+    binary = bool(np.isin(np.concatenate([x, y]), (0.0, 1.0)).all())
+    only_a, only_b = (int((x > y).sum()), int((y > x).sum())) if binary else (None, None)
+    p = statistics.mcnemar(only_a, only_b) if only_a is not None and only_b is not None else statistics.sign_flip(y - x)
+    return {
+        "label": column.label,
+        "metric": metric,
+        "n": len(x),
+        "a": float(x.mean()),
+        "b": float(y.mean()),
+        "interval": statistics.bootstrap_interval(y - x),
+        "only_a": only_a,
+        "only_b": only_b,
+        "p": p,
+    }
+
+
+def _check_comparable(a: dict[str, Any], b: dict[str, Any]) -> None:
+    for key in ("suite", "offline"):
+        if a[key] != b[key]:
+            raise ValueError(f"--compare: A has {key}={a[key]} but B {b[key]}: evaluate both alike")
+    if a["measurements"].keys() != b["measurements"].keys():
+        different = sorted(a["measurements"].keys() ^ b["measurements"].keys())
+        raise ValueError(f"--compare: only one of A and B has {', '.join(different)}: evaluate both on the same tasks")
+    for key, measurement in a["measurements"].items():
+        other = b["measurements"][key]
+        hashes = [{leaf: q["doc_hash"] for leaf, q in m["questions"].items()} for m in (measurement, other)]
+        if hashes[0] != hashes[1] or measurement["num_fewshot"] != other["num_fewshot"]:
+            raise ValueError(
+                f"--compare: A and B have other questions in {key} (limit {a['limit']} and {b['limit']}): "
+                "evaluate both with the same limit, data and versions"
+            )

@@ -1,0 +1,180 @@
+"""Held-out loss: cross-entropy on the validation split, in total and by how much context a token has."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from olmo_core.exceptions import OLMoConfigurationError
+from tqdm import tqdm
+
+from ..data.manifest import Manifest, verify
+from . import statistics
+from .checkpoint import Checkpoint
+from .compare import NO_DIFFERENCE
+
+_FIRST_BUCKET = 16
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Validation sequences, cut as training cuts them: whole sequences, shard by shard.
+
+    :param ids: int64 ``(sequences, length)``.
+    """
+
+    directory: str
+    ids: np.ndarray
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, data: str | Path | None = None, limit: int | None = None) -> HeldOut:
+        """The validation split of a checkpoint's data, or of other prepared data.
+
+        :raises ValueError: it is not there, holds no whole sequence, or was made with another tokenizer.
+        """
+        length = checkpoint.sequence_length
+        tokenizer = checkpoint.config["dataset"]["tokenizer"]
+        directory = Path(data) if data is not None else _own_data(checkpoint)
+        manifest = verify(directory, vocab_size=tokenizer["vocab_size"], eos_token_id=tokenizer["eos_token_id"])
+        parts = [_sequences(path, manifest, length) for path in manifest.validation_paths]
+        ids = np.concatenate(parts) if parts else np.empty((0, length), dtype=np.int64)
+        if not len(ids):
+            raise ValueError(
+                f"{directory}: the validation split holds no whole sequence of {length} tokens: prepare more"
+            )
+        return cls(str(directory), ids[:limit])
+
+
+def _own_data(checkpoint: Checkpoint) -> Path:
+    paths = checkpoint.config["dataset"].get("paths") or []
+    if not paths:
+        raise OLMoConfigurationError(f"{checkpoint.path}/config.json names no data: give it with --data DIR")
+    folder = Path(paths[0]).parent
+    if not folder.is_dir():
+        raise OLMoConfigurationError(
+            f"{checkpoint.path} was trained on {folder}, which is not here: give the prepared data with --data DIR"
+        )
+    return folder
+
+
+def _sequences(path: str, manifest: Manifest, length: int) -> np.ndarray:
+    ids = np.fromfile(path, dtype=manifest.dtype).astype(np.int64)
+    return ids[: len(ids) // length * length].reshape(-1, length)
+
+
+def buckets(length: int) -> list[tuple[int, int]]:
+    """Half-open ranges of context lengths, each twice as long as the one before: ``[1, 16), [16, 32) ... [, length)``."""
+    edges = [1]
+    edge = _FIRST_BUCKET
+    while edge < length:
+        edges.append(edge)
+        edge *= 2
+    return list(zip(edges, [*edges[1:], length], strict=True))
+
+
+@torch.inference_mode()
+def token_losses(
+    checkpoint: Checkpoint, held_out: HeldOut, *, batch_size: int, device: str | None = None
+) -> np.ndarray:
+    """Cross-entropy in nats of every token but the first: ``(sequences, length - 1)``, context lengths 1 to length - 1."""
+    if checkpoint.config["dataset"].get("generate_doc_lengths"):
+        raise OLMoConfigurationError(
+            f"{checkpoint.path} was trained with dataset.generate_doc_lengths=true, where a token sees its own document "
+            "only: held-out loss by position does not know documents"
+        )
+    module = checkpoint.load(torch.device(device) if device else None)
+    losses = np.empty((len(held_out.ids), held_out.ids.shape[1] - 1))
+    for start in tqdm(range(0, len(losses), batch_size), desc=Path(checkpoint.path).parent.name):
+        ids = torch.from_numpy(held_out.ids[start : start + batch_size]).to(module.device)
+        logits = module.model_forward(ids)[:, :-1].float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        losses[start : start + batch_size] = loss.view(len(ids), -1).double().cpu().numpy()
+    return losses
+
+
+def summarise(losses: np.ndarray) -> list[dict[str, Any]]:
+    """Total and each bucket: mean loss, its standard error over sequences, perplexity, and each sequence's mean."""
+    length = losses.shape[1] + 1
+    rows = []
+    for lo, hi in [(1, length), *buckets(length)]:
+        means = losses[:, lo - 1 : hi - 1].mean(1)
+        value = float(means.mean())
+        rows.append(
+            {
+                "context": [lo, hi],
+                "loss": value,
+                "stderr": statistics.mean_stderr(means),
+                "perplexity": math.exp(value),
+                "sequences": means.tolist(),
+            }
+        )
+    return rows
+
+
+def differences(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Paired differences B minus A of two summaries over the same sequences; a lower loss is better."""
+    rows: list[dict[str, Any]] = []
+    for x, y in zip(a, b, strict=True):
+        d = np.asarray(y["sequences"]) - np.asarray(x["sequences"])
+        rows.append(
+            {
+                "context": x["context"],
+                "difference": float(d.mean()),
+                "stderr": statistics.mean_stderr(d),
+                "interval": list(statistics.bootstrap_interval(d)),
+                "p": statistics.sign_flip(d),
+            }
+        )
+    for row, adjusted in zip(rows, statistics.holm([row["p"] for row in rows]), strict=True):
+        row["p_adjusted"] = adjusted
+        lower = "B is lower" if row["difference"] < 0 else "A is lower"
+        row["verdict"] = lower if adjusted < statistics.LEVEL else NO_DIFFERENCE
+    return rows
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Losses of all checkpoints side by side, then each one's paired differences from the first."""
+    runs = results["checkpoints"]
+    head = ["tokens of context", *(f"{chr(65 + i)}: {run['attention_name']}" for i, run in enumerate(runs))]
+    body = [[_label(row["context"]), *(_loss(run["loss"][i]) for run in runs)] for i, row in enumerate(runs[0]["loss"])]
+    body.append(["perplexity, total", *(f"{run['loss'][0]['perplexity']:.3f}" for run in runs)])
+    text = [
+        f"Held-out loss in nats per token, mean +- standard error over {results['sequences']} sequences of "
+        f"{results['length']} tokens of {results['data']}",
+        "",
+        *(f"- {chr(65 + i)}: {run['checkpoint']}, band_length={run['band_length']}" for i, run in enumerate(runs)),
+        "",
+        _table(head, body),
+    ]
+    for i, run in enumerate(runs[1:], 1):
+        letter = chr(65 + i)
+        rows = [
+            [
+                _label(row["context"]),
+                f"{row['difference']:+.4f}",
+                f"{row['interval'][0]:+.4f} to {row['interval'][1]:+.4f}",
+                f"{row['p_adjusted']:.4f}",
+                row["verdict"].replace("B is", f"{letter} is"),
+            ]
+            for row in run["difference_from_first"]
+        ]
+        head = ["tokens of context", f"{letter} - A", "95 % interval", "p (Holm)", ""]
+        text += ["", f"{letter} against A, paired over sequences:", "", _table(head, rows)]
+    return "\n".join(text) + "\n"
+
+
+def _label(context: list[int]) -> str:
+    lo, hi = context
+    return "all" if lo == 1 and hi > _FIRST_BUCKET else f"{lo} to {hi - 1}"
+
+
+def _loss(row: dict[str, Any]) -> str:
+    return f"{row['loss']:.4f}" + ("" if row["stderr"] is None else f" +- {row['stderr']:.4f}")
+
+
+def _table(head: list[str], body: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])

@@ -1,0 +1,175 @@
+"""Results as tables: Markdown and CSV, in the paper's layout where the suite is one of its tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .compare import Difference, average, columns_of
+from .suites import SUITES, implied_stderr
+
+Cell = tuple[float, float | None]
+
+
+def attention_name(results: dict[str, Any]) -> str:
+    """The attention of a result in a few words: its types, and the options that are not a type's defaults."""
+    names = []
+    for layer in results["attention"]:
+        options = {k: v for k, v in layer.items() if k not in ("name", "n_heads", "seq_len", "band_length")}
+        names.append(layer["name"] + "".join(f" {k}={v}" for k, v in sorted(options.items())))
+    kinds = list(dict.fromkeys(names))
+    text = kinds[0] if len(kinds) == 1 else ", ".join(f"{names.count(kind)} layers {kind}" for kind in kinds)
+    return text if results["band_length"] == "train" else f"{text}, band_length={results['band_length']}"
+
+
+def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each score of a table: label, task, shots, metric, value, stderr, n, chance."""
+    found = []
+    for column in columns_of(results):
+        measurement = results["measurements"][column.key]
+        for metric in [column.metric] if column.metric else measurement["metrics"]:
+            score = measurement["metrics"][metric]
+            found.append(
+                {
+                    "label": column.label,
+                    "task": measurement["task"],
+                    "num_fewshot": measurement["num_fewshot"],
+                    "metric": metric,
+                    **score,
+                }
+            )
+    return found
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table of a result, with its conditions above it."""
+    suite = SUITES.get(results["suite"])
+    table = _paper_table(results) if suite and suite.paper else _list_table(results)
+    return f"{_conditions(results)}\n\n{table}\n"
+
+
+def _conditions(results: dict[str, Any]) -> str:
+    lines = [
+        f"Suite {results['suite']}: {attention_name(results)}, {results['checkpoint']}",
+        "",
+        f"- values are mean +- standard error; band_length={results['band_length']}, at most {results['max_length']} tokens, "
+        f"{results['truncated_requests']} requests lost the beginning of their context",
+    ]
+    if results["limit"] is not None:
+        lines.append(f"- only the first {results['limit']} questions of each task: no figure to publish")
+    for note in dict.fromkeys(results["data"].values()):
+        tasks = [task for task, own in results["data"].items() if own == note]
+        lines.append(f"- {', '.join(tasks)}: {note}")
+    return "\n".join(lines)
+
+
+def _paper_table(results: dict[str, Any]) -> str:
+    suite = SUITES[results["suite"]]
+    ours = rows(results)
+    total = average(results)
+    assert total is not None
+    chances = [row["chance"] for row in ours]
+    head = ["", *(row["label"] for row in ours), "Average"]
+    body = [
+        [f"**{attention_name(results)}**", *(_cell((row["value"], row["stderr"])) for row in ours), _cell(total)],
+        ["questions", *(str(row["n"]) for row in ours), ""],
+        ["chance", *(_cell((chance, None)) for chance in chances), _cell((sum(chances) / len(chances), None))],
+    ]
+    for method, values, printed in suite.paper:
+        cells = [_cell((v, implied_stderr(v, c))) for v, c in zip(values, suite.columns, strict=True)]
+        body.append([f"paper: {method}", *cells, _cell((printed, None))])
+    note = (
+        "The paper prints no errors: those beside its numbers are the binomial ones of its tasks' full sizes. Its models "
+        "were trained on far more than a small run, so its rows are no target for one."
+    )
+    return f"{_table(head, body)}\n\n{note}"
+
+
+def _list_table(results: dict[str, Any]) -> str:
+    head = ["task", "shots", "metric", "value", "questions", "chance"]
+    body = [
+        [
+            row["label"],
+            str(row["num_fewshot"]),
+            row["metric"],
+            _cell((row["value"], row["stderr"])),
+            str(row["n"]),
+            "" if row["chance"] is None else _cell((row["chance"], None)),
+        ]
+        for row in rows(results)
+    ]
+    return _table(head, body)
+
+
+def csv_text(results: dict[str, Any]) -> str:
+    """The table as CSV: ours, then the paper's rows with the standard errors that their task sizes imply."""
+    head = ["method", "label", "task", "num_fewshot", "metric", "value", "stderr", "n", "chance"]
+    lines: list[list[Any]] = [[attention_name(results), *(row[key] for key in head[1:])] for row in rows(results)]
+    if (total := average(results)) is not None:
+        lines.append([attention_name(results), "Average", "", "", "acc", *total, "", ""])
+    suite = SUITES.get(results["suite"])
+    for method, values, printed in suite.paper if suite else ():
+        assert suite is not None
+        for value, column in zip(values, suite.columns, strict=True):
+            stderr = implied_stderr(value, column)
+            lines.append(
+                [f"paper: {method}", column.label, column.task, column.num_fewshot, "acc", value, stderr, "", ""]
+            )
+        lines.append([f"paper: {method}", "Average", "", "", "acc", printed, "", "", ""])
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([head, *lines])
+    return out.getvalue()
+
+
+def comparison_markdown(a: dict[str, Any], b: dict[str, Any], differences: Sequence[Difference]) -> str:
+    """The table of a comparison, with a sentence on what it can say."""
+    head = ["", "metric", "questions", "A", "B", "B - A", "95 % interval", "only A : only B", "p", "p (Holm)", ""]
+    body = [
+        [
+            d.label,
+            d.metric,
+            str(d.n),
+            f"{d.a:.4f}",
+            f"{d.b:.4f}",
+            f"{d.difference:+.4f}",
+            f"{d.interval[0]:+.4f} to {d.interval[1]:+.4f}",
+            "" if d.only_a is None else f"{d.only_a} : {d.only_b}",
+            f"{d.p:.3f}",
+            f"{d.p_adjusted:.3f}",
+            d.verdict,
+        ]
+        for d in differences
+    ]
+    seen = [d for d in differences if d.p_adjusted < 0.05]
+    summary = (
+        f"A difference is seen in {', '.join(d.label for d in seen)}."
+        if seen
+        else "No difference can be seen in any column."
+    )
+    return (
+        f"A: {attention_name(a)}, {a['checkpoint']}\nB: {attention_name(b)}, {b['checkpoint']}\n\n"
+        f"{_table(head, body)}\n\n{summary} Intervals are paired bootstraps over the same questions, p is McNemar's exact "
+        "test (normal for an average), p (Holm) allows for the number of columns. One training run of each is compared: "
+        "what another seed would give is not in the intervals.\n"
+    )
+
+
+def write_tables(results: dict[str, Any], stem: Path) -> list[Path]:
+    """Write ``stem.md`` and ``stem.csv``."""
+    paths = [stem.with_name(f"{stem.name}.md"), stem.with_name(f"{stem.name}.csv")]
+    for path, text in zip(paths, (markdown(results), csv_text(results)), strict=True):
+        path.write_text(text)
+    return paths
+
+
+def _cell(cell: Cell) -> str:
+    value, stderr = cell
+    return f"{value:.4f}" if stderr is None else f"{value:.4f} +- {stderr:.4f}"
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

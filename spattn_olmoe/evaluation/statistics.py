@@ -1,0 +1,71 @@
+"""Is it a difference? Paired tests over the same questions or sequences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+RESAMPLES = 10_000
+LEVEL = 0.05
+"""Probability of seeing a difference where there is none that verdicts allow, over all comparisons of a table together."""
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Exact two-sided p of McNemar's test: how likely so uneven a split is if either side were as likely.
+
+    :param only_a: questions that only A answered right.
+    :param only_b: questions that only B answered right.
+    """
+    n = only_a + only_b
+    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
+    """Two-sided p of a paired permutation test: the mean against those with the signs drawn at random."""
+    d = np.asarray(differences, dtype=float)
+    generator = np.random.default_rng(seed)
+    extreme, done = 0, 0
+    for size in _chunks(len(d)):
+        signs = generator.integers(0, 2, (size, len(d)), dtype=np.int8) * 2 - 1
+        extreme += int((np.abs(signs @ d) >= abs(d.sum()) - 1e-12).sum())
+        done += size
+    return (extreme + 1) / (done + 1)
+
+
+def bootstrap_interval(differences: Sequence[float], seed: int = 0, level: float = LEVEL) -> tuple[float, float]:
+    """Percentile confidence interval of the mean of paired differences, resampled with replacement."""
+    values, counts = np.unique(np.asarray(differences, dtype=float), return_counts=True)
+    n = counts.sum()
+    generator = np.random.default_rng(seed)
+    means = np.concatenate([generator.multinomial(n, counts / n, size) @ values / n for size in _chunks(len(values))])
+    lo, hi = np.quantile(means, [level / 2, 1 - level / 2])
+    return float(lo), float(hi)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's adjustment: p-values that may each be read at one level however many there are."""
+    adjusted = [0.0] * len(p)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def mean_stderr(values: Sequence[float]) -> float | None:
+    """Standard error of a mean; None of fewer than two values."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def two_sided(z: float) -> float:
+    """The probability of a standard normal at least as far from zero."""
+    return math.erfc(abs(z) / math.sqrt(2))
+
+
+def _chunks(width: int) -> list[int]:
+    """Resamples split so that a chunk of them by ``width`` stays small."""
+    size = max(1, min(RESAMPLES, (1 << 22) // max(width, 1)))
+    return [min(size, RESAMPLES - start) for start in range(0, RESAMPLES, size)]
