@@ -13,7 +13,8 @@ import argparse
 from spattn_olmoe.cli import quiet, user_errors
 
 
-def main() -> None:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint",
@@ -34,7 +35,11 @@ def main() -> None:
     parser.add_argument(
         "options", nargs="*", metavar="key=value", help="offline, band_length, max_length, tokenizer, device"
     )
-    args = parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(words)
+
+
+def main() -> None:
+    args = parse()
     with user_errors():
         quiet()
         from spattn_olmoe.evaluation.commands import main as run

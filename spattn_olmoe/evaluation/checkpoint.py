@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ..data.config import TokenizerSection
 from ..data.tokenizer import find_tokenizer, parse_tokenizer, vocab_size
 from ..olmo.attach import layer_patterns, with_band_length
-from ..olmo.fingerprint import check_checkpoint
+from ..olmo.fingerprint import FILE_NAME, Fingerprint
 from ..olmo.generation import load_generator, load_tokenizer, read_checkpoint_config, resolve_checkpoint
 
 
@@ -51,7 +51,7 @@ class Checkpoint:
             model = TransformerConfig.from_dict(config["model"])
         except KeyError as error:
             raise OLMoConfigurationError(f"{path}/config.json has no {error}: it describes no model") from None
-        check_checkpoint(path, model, allow_attention_change=False)
+        _check_fingerprint(path, model)
         if band_length is not None:
             model = with_band_length(model, band_length)
         return cls(path, config, model, tuple(pattern.to_config() for pattern in layer_patterns(model)))
@@ -99,11 +99,25 @@ class Checkpoint:
         """
         try:
             return load_generator(self.path, device, model=self.model)
-        except (CheckpointException, EOFError, pickle.UnpicklingError, RuntimeError, OSError) as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        except (CheckpointException, EOFError, pickle.UnpicklingError, OSError) as error:
+            cause: BaseException = error
+            if isinstance(error, CheckpointException):  # its own message is a list of ranks
+                cause, _ = next(iter(error.failures.values()))
             raise OLMoConfigurationError(
-                f"checkpoint {self.path} cannot be read, a file is missing, cut off or damaged ({first}): "
-                "restore it, or name an older stepN"
+                f"checkpoint {self.path} cannot be read, a file is missing, cut off or damaged "
+                f"({type(cause).__name__}: {cause}): restore it, or name an older stepN"
             ) from error
+
+
+def _check_fingerprint(path: str, model: TransformerConfig) -> None:
+    """Raise unless a checkpoint says what attention it was trained with, and its config says the same."""
+    stated, described = Fingerprint.read(path), Fingerprint.of(model)
+    if stated is None:
+        raise OLMoConfigurationError(
+            f"checkpoint {path} does not say what attention it was trained with ({FILE_NAME} is missing): "
+            "restore that file from the run's folder"
+        )
+    if stated != described:
+        raise OLMoConfigurationError(
+            f"checkpoint {path} contradicts itself: {FILE_NAME} says {stated}, config.json {described}; restore both files"
+        )

@@ -22,7 +22,8 @@ def main(args: argparse.Namespace) -> None:
     checkpoints = [word for word in args.checkpoint if not _is_option(word)]
     options = read_options([*(word for word in args.checkpoint if _is_option(word)), *args.options])
     _check(args, checkpoints, options)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for name, level in (("lm_eval", logging.ERROR), ("datasets", logging.WARNING)):
+        logging.getLogger(name).setLevel(level)
     if args.compare:
         _compare(args)
     elif args.loss:

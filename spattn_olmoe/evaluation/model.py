@@ -210,6 +210,7 @@ class SPAttnLM(TemplateLM):
             stop_token_ids=stops or None,
             **{key: options[key] for key in _SAMPLING if options.get(key) is not None},
         )
+        self._module.free_inference_cache()  # else scores would go through it as well
         return [_before(row, self.eot_token_id) for row in new.tolist()]
 
     @functools.cache  # noqa: B019  one model a process, and few stop strings

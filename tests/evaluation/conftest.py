@@ -1,0 +1,50 @@
+"""Checkpoints of every kind of mask, from one short training run: attention has no parameters of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import pytest
+
+from spattn_olmoe import build_pattern
+
+from tests.conftest import run_training
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint after 12 steps: 4 heads, band length 32, 512 ids."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = run_training(tiny_yaml, f"trainer.save_folder={folder}/run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run" / "step12"
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """``checkpoint_of(type, **options)``: the trained weights under another attention type."""
+    made: dict[str, str] = {}
+
+    def make(name: str, **options: object) -> str:
+        key = json.dumps([name, options], sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(name) / "step12"
+            shutil.copytree(trained, folder)
+            config = json.loads((folder / "config.json").read_text())
+            mixer = config["model"]["block"]["sequence_mixer"]
+            mixer["pattern"], mixer["pattern_options"] = name, options
+            (folder / "config.json").write_text(json.dumps(config))
+            fingerprint = json.loads((folder / "attention.json").read_text())
+            pattern = build_pattern(name, n_heads=4, seq_len=32, **options)
+            fingerprint["layers"] = [pattern.to_config()] * len(fingerprint["layers"])
+            (folder / "attention.json").write_text(json.dumps(fingerprint))
+            made[key] = str(folder)
+        return made[key]
+
+    return make
