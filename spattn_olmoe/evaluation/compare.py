@@ -20,8 +20,8 @@ class Difference:
 
     :param interval: 95 % confidence interval of the difference, by a paired bootstrap over questions.
     :param only_a: questions that only A answered right; None where the metric is not right or wrong.
-    :param p: McNemar's exact test for right or wrong, else a paired permutation test; normal for an average.
-    :param p_adjusted: ``p`` after Holm, for all columns of the table together: what the verdict goes by.
+    :param p: McNemar's exact test for right or wrong, else a paired permutation test.
+    :param p_adjusted: ``p`` after Holm, for all rows of the table together: what the verdict goes by.
     """
 
     label: str
@@ -57,10 +57,10 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
         for metric in mean_metrics(a["measurements"][column.key], column):
             x, y = (question_values(r["measurements"][column.key], metric) for r in (a, b))
             found.append(_difference(column, metric, x, y))
-    average = _average_difference(a, b)
+    if _has_average(a):
+        found.append(_average_difference(a, b))
     adjusted = statistics.holm([d["p"] for d in found])
-    rows = [Difference(**d, p_adjusted=p) for d, p in zip(found, adjusted, strict=True)]
-    return rows + ([Difference(**average, p_adjusted=average["p"])] if average else [])
+    return [Difference(**d, p_adjusted=p) for d, p in zip(found, adjusted, strict=True)]
 
 
 def columns_of(results: dict[str, Any]) -> tuple[Column, ...]:
@@ -89,50 +89,49 @@ def average(results: dict[str, Any]) -> tuple[float, float] | None:
 
     Columns that ask the same questions, 0- and 5-shot, err together: a question counts with all that it adds.
     """
-    if results["suite"] not in SUITES or not SUITES[results["suite"]].paper:
+    if not _has_average(results):
         return None
-    values, contributions = _contributions(results)
-    return float(np.mean(values)), _cluster_stderr(contributions)
+    value = sum(_contributions(results).values())
+    return value, math.sqrt(sum(x * x for x in _contributions(results, centred=True).values()))
 
 
-def _contributions(results: dict[str, Any]) -> tuple[list[float], dict[tuple[str, int], float]]:
-    """The columns' values, and what each question adds to their average, less the expected."""
+def _has_average(results: dict[str, Any]) -> bool:
+    return results["suite"] in SUITES and bool(SUITES[results["suite"]].paper)
+
+
+def _contributions(results: dict[str, Any], *, centred: bool = False) -> dict[tuple[str, int], float]:
+    """What each question adds to the average of the columns.
+
+    :param centred: less the column's mean, so that the sum is zero.
+    """
     columns = columns_of(results)
-    values: list[float] = []
     added: dict[tuple[str, int], float] = {}
     for column in columns:
         assert column.metric is not None
         measurement = results["measurements"][column.key]
-        value, n = (measurement["metrics"][column.metric][key] for key in ("value", "n"))
-        values.append(value)
+        score = measurement["metrics"][column.metric]
         for leaf, questions in measurement["questions"].items():
             for index, x in enumerate(questions[column.metric]):
                 place = leaf, index
-                added[place] = added.get(place, 0.0) + (x - value) / (n * len(columns))
-    return values, added
+                x = x - score["value"] if centred else x
+                added[place] = added.get(place, 0.0) + x / (score["n"] * len(columns))
+    return added
 
 
-def _cluster_stderr(contributions: dict[tuple[str, int], float]) -> float:
-    return math.sqrt(sum(x * x for x in contributions.values()))
-
-
-def _average_difference(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any] | None:
-    if average(a) is None:
-        return None
-    (va, ca), (vb, cb) = _contributions(a), _contributions(b)
-    x, y = float(np.mean(va)), float(np.mean(vb))
-    stderr = _cluster_stderr({place: cb[place] - ca[place] for place in ca})
-    p = statistics.two_sided((y - x) / stderr) if stderr else 1.0
+def _average_difference(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    x, y = _contributions(a), _contributions(b)
+    d = np.array([y[place] - x[place] for place in x])
+    lo, hi = statistics.bootstrap_interval(d)
     return {
         "label": "Average",
         "metric": "acc",
-        "n": len(ca),
-        "a": x,
-        "b": y,
-        "interval": (y - x - 1.96 * stderr, y - x + 1.96 * stderr),
+        "n": len(d),
+        "a": sum(x.values()),
+        "b": sum(y.values()),
+        "interval": (lo * len(d), hi * len(d)),
         "only_a": None,
         "only_b": None,
-        "p": p,
+        "p": statistics.sign_flip(d),
     }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .compare import Difference, average, columns_of
+from .compare import NO_DIFFERENCE, Difference, average, columns_of
 from .suites import SUITES, implied_stderr
 
 Cell = tuple[float, float | None]
@@ -85,6 +85,9 @@ def _paper_table(results: dict[str, Any]) -> str:
         "The paper prints no errors: those beside its numbers are the binomial ones of its tasks' full sizes. Its models "
         "were trained on far more than a small run, so its rows are no target for one."
     )
+    for method, values, printed in suite.paper:
+        if abs((mean := sum(values) / len(values)) - printed) > 2e-4:
+            note += f" The average printed for {method}, {printed:.4f}, is not its columns' mean, {mean:.4f}."
     return f"{_table(head, body)}\n\n{note}"
 
 
@@ -143,7 +146,7 @@ def comparison_markdown(a: dict[str, Any], b: dict[str, Any], differences: Seque
         ]
         for d in differences
     ]
-    seen = [d for d in differences if d.p_adjusted < 0.05]
+    seen = [d for d in differences if d.verdict != NO_DIFFERENCE]
     summary = (
         f"A difference is seen in {', '.join(d.label for d in seen)}."
         if seen
@@ -152,8 +155,8 @@ def comparison_markdown(a: dict[str, Any], b: dict[str, Any], differences: Seque
     return (
         f"A: {attention_name(a)}, {a['checkpoint']}\nB: {attention_name(b)}, {b['checkpoint']}\n\n"
         f"{_table(head, body)}\n\n{summary} Intervals are paired bootstraps over the same questions, p is McNemar's exact "
-        "test (normal for an average), p (Holm) allows for the number of columns. One training run of each is compared: "
-        "what another seed would give is not in the intervals.\n"
+        "test (a permutation test for what is not right or wrong), p (Holm) allows for the number of rows. One training run "
+        "of each is compared: what another seed would give is not in the intervals.\n"
     )
 
 

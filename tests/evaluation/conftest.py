@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,10 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 import pytest
 
 from spattn_olmoe import build_pattern
-
-from tests.conftest import run_training
+from spattn_olmoe.cli import user_errors
+from spattn_olmoe.data import DataConfig, SourceConfig, TokenizerSection, prepare
+from spattn_olmoe.evaluation import commands
+from tests.conftest import ROOT, run_training
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +51,37 @@ def checkpoint_of(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def held_out_data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared data with a validation split, in the tokens of ``tiny_data``."""
+    folder = tmp_path_factory.mktemp("held_out")
+    prepare(
+        DataConfig(
+            output=str(folder / "shards"),
+            sources=[SourceConfig(paths=[str(tiny_data.parent / "corpus.jsonl")])],
+            tokenizer=TokenizerSection(identifier=str(tiny_data / "tokenizer.json")),
+            sequence_length=32,
+            validation_share=0.2,
+        )
+    )
+    return folder / "shards"
+
+
+@pytest.fixture
+def evaluate_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """``scripts/evaluate.py`` in this process: exit code, output and errors."""
+    parse = runpy.run_path(str(ROOT / "scripts/evaluate.py"))["parse"]
+
+    def command(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = 0
+        try:
+            with user_errors():
+                commands.main(parse(list(words)))
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    return command

@@ -91,7 +91,9 @@ def test_many_columns_ask_for_more_than_one_does():
     a = [0] * 100
     b = [1] * 6 + [0] * 94  # McNemar p = 0.031 alone
     rows = compare(results(dict.fromkeys(KEYS, a)), results({**dict.fromkeys(KEYS, a), KEYS[0]: b}))
-    assert rows[0].p == pytest.approx(0.03125) and rows[0].p_adjusted == pytest.approx(0.125)
+    assert rows[0].p == pytest.approx(0.03125) and rows[0].p_adjusted == pytest.approx(
+        5 * 0.03125, rel=0.1
+    )  # the average's is drawn
     assert rows[0].verdict == NO_DIFFERENCE
 
 
@@ -113,11 +115,11 @@ def test_the_average_knows_that_columns_share_questions():
     ],
 )
 def test_unlike_results_are_not_compared(change, message):
-    same = dict.fromkeys(KEYS, [1, 0])
+    same = {key: [1, 0] for key in KEYS}
     with pytest.raises(ValueError, match=message):
-        compare(results(same), results(same, **change))
+        compare(results(same), {**results(same), **change})
 
 
 def test_other_questions_are_not_compared():
     with pytest.raises(ValueError, match=r"other questions in hellaswag 0-shot"):
-        compare(results(dict.fromkeys(KEYS, [1, 0])), results(dict.fromkeys(KEYS, [1, 0, 1])))
+        compare(results({key: [1, 0] for key in KEYS}), results({key: [1, 0, 1] for key in KEYS}))

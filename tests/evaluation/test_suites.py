@@ -16,7 +16,6 @@ from spattn_olmoe.evaluation import offline, run
 from spattn_olmoe.evaluation.model import SPAttnLM
 from spattn_olmoe.evaluation.report import csv_text, markdown
 from spattn_olmoe.evaluation.suites import FULL_SIZE, SUITES, implied_stderr, suite_of_tasks
-
 from tests.conftest import ROOT
 
 
@@ -24,17 +23,19 @@ from tests.conftest import ROOT
 def test_printed_averages_are_those_of_the_printed_columns(name):
     for method, values, average in SUITES[name].paper:
         assert len(values) == len(SUITES[name].columns)
-        # Table 3's rows are cut off rather than rounded
-        assert np.mean(values) == pytest.approx(average, abs=1.01e-4), method
+        if method == "Sliding Window":  # the paper's own slip: 0.3376 is printed
+            assert (average, np.mean(values)) == (0.3376, pytest.approx(0.3342))
+        else:
+            assert np.mean(values) == pytest.approx(average, abs=1.01e-4), method
 
 
 def test_copa_has_a_standard_error_of_five_points():
     assert implied_stderr(0.57, SUITES["table2"].columns[2]) == pytest.approx(0.0495, abs=1e-4)
 
 
-def evaluate(checkpoint: str, suite, **options) -> dict:
+def evaluate(checkpoint: str, suite, max_length: int | None = None, **options) -> dict:
     with run.task_manager(suite, from_wheel=True) as manager:
-        return run.evaluate(SPAttnLM(checkpoint), suite, manager, from_wheel=True, **options)
+        return run.evaluate(SPAttnLM(checkpoint, max_length=max_length), suite, manager, from_wheel=True, **options)
 
 
 def test_sizes_are_those_of_the_data():
@@ -52,7 +53,7 @@ def test_sizes_are_those_of_the_data():
 def test_every_task_of_the_suites_runs_offline(checkpoint_of):
     tasks = [*SUITES["core"].columns, *SUITES["table2"].columns[:3]]
     suite = suite_of_tasks([column.task for column in tasks], num_fewshot=0)
-    results = evaluate(checkpoint_of("standard"), suite, limit=4)
+    results = evaluate(checkpoint_of("standard"), suite, limit=4, max_length=512)
     measured = results["measurements"]
     assert [m["task"] for m in measured.values()] == [column.task for column in tasks]
     for m in measured.values():

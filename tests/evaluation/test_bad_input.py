@@ -1,0 +1,94 @@
+"""What a user can get wrong: one line, exit code 2, before anything is spent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+
+def copy(folder: str, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    return target
+
+
+@pytest.fixture
+def expect(evaluate_command):
+    def check(words: list[str], *parts: str) -> None:
+        code, _, err = evaluate_command(*words)
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert code == 2 and len(lines) == 1, err
+        for part in parts:
+            assert part in lines[0]
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--suite", "tabel1"], ["--suite tabel1", "did you mean 'table1'?"]),
+        (["--tasks", "winogrand"], ["--tasks winogrand", "did you mean 'winogrande'?", "offline=false"]),
+        (["--suite", "table1", "--tasks", "copa"], ["exclude each other"]),
+        (["--limit", "0"], ["--limit 0: must be at least 1"]),
+        (["--batch-size", "0"], ["--batch-size 0"]),
+        (["--num-fewshot", "5"], ["--num-fewshot goes with --tasks"]),
+        (["bandlength=input"], ["bandlength=input", "did you mean 'band_length'?"]),
+        (["band_length=both"], ["band_length='both'", "'train' or 'input'"]),
+        (["offline=yes"], ["offline=yes: must be true or false"]),
+        (["--loss", "--suite", "core"], ["--loss takes no --suite"]),
+        (["--loss", "--data", "nowhere"], ["nowhere", "manifest.json"]),
+        (["--data", "x"], ["only --loss reads prepared data"]),
+        (["tokenizer=missing.json"], ["missing.json", "no such file"]),
+    ],
+)
+def test_arguments(checkpoint_of, expect, tmp_path, words, parts):
+    expect(["--checkpoint", checkpoint_of("standard"), "--out", str(tmp_path), *words], *parts)
+
+
+def test_no_checkpoint(expect, tmp_path):
+    expect([], "--checkpoint DIR")
+    expect(["--checkpoint", str(tmp_path)], str(tmp_path), "neither a complete checkpoint nor a folder")
+
+
+def test_a_checkpoint_that_does_not_say_its_attention(checkpoint_of, expect, tmp_path):
+    folder = copy(checkpoint_of("standard"), tmp_path / "step12")
+    (folder / "attention.json").unlink()
+    expect(["--checkpoint", str(folder)], "does not say what attention", "attention.json is missing")
+
+
+def test_a_checkpoint_that_contradicts_itself(checkpoint_of, expect, tmp_path):
+    folder = copy(checkpoint_of("standard"), tmp_path / "step12")
+    shutil.copy(Path(checkpoint_of("eball")) / "attention.json", folder)
+    expect(["--checkpoint", str(folder)], "contradicts itself", "eball")
+
+
+def test_no_tokenizer(checkpoint_of, expect, tmp_path):
+    folder = copy(checkpoint_of("standard"), tmp_path / "step12")
+    (folder / "tokenizer.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["dataset"]["tokenizer"]["identifier"] = "gone/tokenizer.json"
+    (folder / "config.json").write_text(json.dumps(config))
+    expect(["--checkpoint", str(folder), "--tasks", "copa"], "has no tokenizer.json", "tokenizer=FILE")
+
+
+@pytest.mark.parametrize("damage", ["cut off", "gone", "metadata"])
+def test_a_damaged_checkpoint(checkpoint_of, expect, tmp_path, damage):
+    folder = copy(checkpoint_of("standard"), tmp_path / "step12")
+    largest = max((folder / "model_and_optim").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    if damage == "gone":
+        largest.unlink()
+    else:
+        path = largest if damage == "cut off" else folder / "model_and_optim/.metadata"
+        path.write_bytes(path.read_bytes()[:100])
+    expect(
+        ["--checkpoint", str(folder), "--tasks", "copa", "--limit", "1"], str(folder), "cannot be read", "older stepN"
+    )
+
+
+def test_nowhere_to_write(checkpoint_of, expect, tmp_path):
+    (tmp_path / "file").touch()
+    out = str(tmp_path / "file" / "out")
+    expect(["--checkpoint", checkpoint_of("standard"), "--out", out], f"--out {out}: cannot write there")

@@ -1,0 +1,77 @@
+"""Held-out loss against the model's own, by position and paired."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from spattn_olmoe.data import Manifest
+from spattn_olmoe.evaluation import loss
+from spattn_olmoe.evaluation.checkpoint import Checkpoint
+
+
+def test_losses_are_the_models_own_for_any_batch_size(checkpoint_of, held_out_data):
+    checkpoint = Checkpoint.open(checkpoint_of("spattention", local_sharing=True))
+    held_out = loss.HeldOut.read(checkpoint, held_out_data, limit=7)
+    assert held_out.ids.shape == (7, 32)
+    (path, *_) = Manifest.load(held_out_data).validation_paths
+    assert held_out.ids.ravel().tolist() == np.fromfile(path, dtype=np.uint16)[: 7 * 32].tolist()
+    losses = loss.token_losses(checkpoint, held_out, batch_size=3)
+    module = checkpoint.load()
+    for row, ids in zip(losses, held_out.ids, strict=True):
+        logprobs = module.model_forward(torch.from_numpy(ids)[None])[0].log_softmax(-1)
+        expected = [-float(logprobs[i, ids[i + 1]]) for i in range(31)]
+        assert row == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("length", [2, 16, 17, 32, 33, 1000, 4096])
+def test_buckets_hold_every_context_length_once(length):
+    found = [context for lo, hi in loss.buckets(length) for context in range(lo, hi)]
+    assert found == list(range(1, length))
+
+
+def test_summary_and_paired_differences_of_constructed_losses():
+    generator = np.random.default_rng(0)
+    a = np.tile(np.arange(1.0, 32.0), (50, 1)) + generator.normal(
+        0, 1, (50, 1)
+    )  # sequences differ far more than models
+    b = a + np.where(np.arange(1, 32) < 16, 0.0, 0.05) + generator.normal(0, 0.01, (50, 1))
+    x, y = loss.summarise(a), loss.summarise(b)
+    assert [row["context"] for row in x] == [[1, 32], [1, 16], [16, 32]]
+    assert x[1]["loss"] == pytest.approx(a[:, :15].mean()) and x[2]["loss"] == pytest.approx(a[:, 15:].mean())
+    assert x[0]["stderr"] == pytest.approx(a.mean(1).std(ddof=1) / 50**0.5)
+    assert x[0]["perplexity"] == pytest.approx(np.exp(a.mean()))
+    total, near, far = loss.differences(x, y)
+    assert (total["verdict"], far["verdict"]) == ("A is lower", "A is lower")
+    assert near["verdict"] == "no difference can be seen"
+    assert far["interval"][0] < 0.05 < far["interval"][1] and far["stderr"] < 0.01
+    assert loss.differences(y, x)[2]["verdict"] == "B is lower"
+
+
+def test_documents_that_do_not_see_each_other_are_refused(checkpoint_of, held_out_data):
+    checkpoint = Checkpoint.open(checkpoint_of("standard"))
+    held_out = loss.HeldOut.read(checkpoint, held_out_data, limit=1)
+    checkpoint.config["dataset"]["generate_doc_lengths"] = True
+    with pytest.raises(Exception, match="generate_doc_lengths=true"):
+        loss.token_losses(checkpoint, held_out, batch_size=1)
+
+
+def test_several_checkpoints_from_the_command_line(checkpoint_of, evaluate_command, held_out_data, tmp_path):
+    folders = [checkpoint_of("standard"), checkpoint_of("gbhalf")]
+    code, out, _ = evaluate_command(
+        "--checkpoint", *folders, "--loss", "--limit", "20", "--data", str(held_out_data), "--out", str(tmp_path)
+    )
+    assert code == 0
+    results = json.loads((tmp_path / "loss.json").read_text())
+    assert [run["attention_name"] for run in results["checkpoints"]] == ["standard", "gbhalf"]
+    assert results["sequences"] == 20
+    assert "B against A, paired over sequences" in out
+    assert (tmp_path / "loss.md").read_text() in out
+
+
+def test_data_without_a_validation_split_is_refused(checkpoint_of, tiny_data):
+    with pytest.raises(ValueError, match="the validation split holds no whole sequence of 32 tokens"):
+        loss.HeldOut.read(Checkpoint.open(checkpoint_of("standard")))
