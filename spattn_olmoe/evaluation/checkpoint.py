@@ -92,13 +92,14 @@ class Checkpoint:
             )
         return tokenizer
 
-    def load(self, device: torch.device | None = None) -> TransformerGenerationModule:
+    def load(self, device: str | None = None) -> TransformerGenerationModule:
         """The model with its weights.
 
-        :raises OLMoConfigurationError: files of the checkpoint are missing or cut off.
+        :param device: by default the GPU, where there is one.
+        :raises OLMoConfigurationError: files of the checkpoint are missing or cut off, or there is no such device.
         """
         try:
-            return load_generator(self.path, device, model=self.model)
+            return load_generator(self.path, _device(device) if device else None, model=self.model)
         except (CheckpointException, EOFError, pickle.UnpicklingError, OSError) as error:
             cause: BaseException = error
             if isinstance(error, CheckpointException):  # its own message is a list of ranks
@@ -107,6 +108,16 @@ class Checkpoint:
                 f"checkpoint {self.path} cannot be read, a file is missing, cut off or damaged "
                 f"({type(cause).__name__}: {cause}): restore it, or name an older stepN"
             ) from error
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise OLMoConfigurationError(f"device={name}: not a device; say cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OLMoConfigurationError(f"device={name}: there is no such GPU here; say cpu to do without")
+    return device
 
 
 def _check_fingerprint(path: str, model: TransformerConfig) -> None:

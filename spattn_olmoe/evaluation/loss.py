@@ -86,7 +86,7 @@ def token_losses(
             f"{checkpoint.path} was trained with dataset.generate_doc_lengths=true, where a token sees its own document "
             "only: held-out loss by position does not know documents"
         )
-    module = checkpoint.load(torch.device(device) if device else None)
+    module = checkpoint.load(device)
     losses = np.empty((len(held_out.ids), held_out.ids.shape[1] - 1))
     for start in tqdm(range(0, len(losses), batch_size), desc=Path(checkpoint.path).parent.name):
         ids = torch.from_numpy(held_out.ids[start : start + batch_size]).to(module.device)

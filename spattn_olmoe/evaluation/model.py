@@ -64,7 +64,7 @@ class SPAttnLM(TemplateLM):
         self.truncated = 0
         """Requests so far whose context was too long and lost its beginning."""
         self._tokenizer = self.checkpoint.tokenizer(tokenizer)
-        self._module = self.checkpoint.load(torch.device(device) if device else None)
+        self._module = self.checkpoint.load(device)
         self._device = self._module.device
 
     # ---- tokens ----------------------------------------------------------------------------------------------

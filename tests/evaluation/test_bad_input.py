@@ -41,6 +41,8 @@ def expect(evaluate_command):
         (["--loss", "--suite", "core"], ["--loss takes no --suite"]),
         (["--loss", "--data", "nowhere"], ["nowhere", "manifest.json"]),
         (["--data", "x"], ["only --loss reads prepared data"]),
+        (["--tasks", "copa", "device=cuda:99"], ["device=cuda:99", "no such GPU"]),
+        (["--tasks", "copa", "device=gpu"], ["device=gpu", "not a device"]),
         (["tokenizer=missing.json"], ["missing.json", "no such file"]),
     ],
 )
