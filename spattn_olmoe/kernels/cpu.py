@@ -121,6 +121,7 @@ def _windows(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, intervals: tuple[In
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)  # made while generating, kept, and then wanted by a backward pass
 def _window_mask(intervals: tuple[Interval, ...], start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """Additive mask of chunks ``start..stop`` against their windows, ``(1, stop - start, CHUNK, keys)``.
 

@@ -63,7 +63,8 @@ def block_mask(
     if cu_doc_lens is None:
         return _block_mask(pattern, T, H, head_offset, device)
     per_batch = _document_masks.setdefault(cu_doc_lens, {})
-    key = (pattern, B, T, H, head_offset, cu_doc_lens._version)
+    version = 0 if cu_doc_lens.is_inference() else cu_doc_lens._version  # an inference tensor has none
+    key = (pattern, B, T, H, head_offset, version)
     if key not in per_batch:
         per_batch[key] = _build(pattern, B, T, H, head_offset, device, document_starts(cu_doc_lens, B, T))
     return per_batch[key]
@@ -74,6 +75,7 @@ _document_masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # made while generating, kept, and then wanted by a backward pass
 def _block_mask(pattern: Pattern, T: int, H: int, head_offset: int, device: torch.device) -> BlockMask:
     return _build(pattern, 1, T, H, head_offset, device, None)
 

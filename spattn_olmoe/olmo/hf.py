@@ -6,10 +6,14 @@ Transformers' OLMoE is the published, pre-norm one; so are the models of this pr
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
 from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.nn.attention import AttentionConfig
+from olmo_core.nn.layer_norm import LayerNormType
+from olmo_core.nn.moe.router import MoERouterGatingFunction
 from olmo_core.nn.transformer import TransformerBlockConfig, TransformerBlockType, TransformerConfig
 from torch import Tensor
 
@@ -103,14 +107,72 @@ def transformers_config(model: TransformerConfig, *, max_length: int, eos_token_
 
 
 def _published_block(model: TransformerConfig) -> TransformerBlockConfig:
+    """The block of every layer.
+
+    :raises OLMoConfigurationError: something in the model that ``OlmoeForCausalLM`` has no place for would be lost.
+    """
     block = model.block
     if not isinstance(block, TransformerBlockConfig) or block.name != TransformerBlockType.moe:
         raise OLMoConfigurationError("model.block.name must be 'moe' (pre-norm): transformers has no other OLMoE")
-    if block.feed_forward_moe is None or block.feed_forward_moe.router.normalize_expert_weights is not None:
-        raise OLMoConfigurationError(
-            "model.block.feed_forward_moe.router.normalize_expert_weights must be null, as in OLMoE"
-        )
+    for layer, own in (model.block_overrides or {}).items():
+        if replace(own, sequence_mixer=block.sequence_mixer) != block:
+            raise OLMoConfigurationError(
+                f"model.block_overrides: layer {layer} differs in more than its attention type"
+            )
+    mixers = [b.sequence_mixer for b in (block, *(model.block_overrides or {}).values())]
+    for mixer in mixers:
+        _require_published_mixer(mixer, model.d_model)
+    if len({(m.n_heads, m.n_kv_heads) for m in mixers if isinstance(m, AttentionConfig)}) > 1:
+        raise OLMoConfigurationError("model.block_overrides: transformers wants equally many heads in all layers")
+    moe, norm, head = block.feed_forward_moe, block.layer_norm, model.lm_head
+    rms = [(f"{where}layer_norm", n) for where, n in (("model.block.", norm), ("model.lm_head.", head.layer_norm))]
+    rms += [("model.block.sequence_mixer.qk_norm", m.qk_norm) for m in mixers if isinstance(m, AttentionConfig)]
+    for name, one in rms:
+        if one is None or norm is None or one.name != LayerNormType.rms or one.bias is not False or one.eps != norm.eps:
+            raise OLMoConfigurationError(f"{name} must be rms without bias, with one eps for all, as in OLMoE")
+    router = moe.router if moe is not None else None
+    others = {
+        "model.block.feed_forward_moe": (moe is not None, "set"),
+        "model.block.feed_forward_moe.shared_mlp": (moe is None or moe.shared_mlp is None, "null"),
+        "model.block.feed_forward_moe.latent_moe": (moe is None or moe.latent_moe is None, "null"),
+        "model.block.feed_forward_moe.router.normalize_expert_weights": (
+            router is None or router.normalize_expert_weights is None,
+            "null",
+        ),
+        "model.block.feed_forward_moe.router.bias_gamma": (router is None or router.bias_gamma is None, "null"),
+        "model.block.feed_forward_moe.router.gating_function": (
+            router is None or router.gating_function == MoERouterGatingFunction.softmax,
+            "softmax",
+        ),
+        "model.lm_head.bias": (head.bias is False, "false"),
+        "model.embedding_norm": (model.embedding_norm is None, "null"),
+        "model.embed_scale": (model.embed_scale is None, "null"),
+        "model.tie_word_embeddings": (not model.tie_word_embeddings, "false"),
+    }
+    _require(others)
     return block
+
+
+def _require_published_mixer(mixer: Any, d_model: int) -> None:
+    if not isinstance(mixer, AttentionConfig) or mixer.rope is None:
+        raise OLMoConfigurationError("model.block.sequence_mixer must be attention with rope, as in OLMoE")
+    rope = mixer.rope
+    wanted = {
+        "bias": (mixer.bias is False, "false"),
+        "gate": (mixer.gate is None, "null"),
+        "clip_qkv": (mixer.clip_qkv is None, "null"),
+        "use_head_qk_norm": (not mixer.use_head_qk_norm, "false"),
+        "head_dim": (mixer.head_dim in (None, d_model // mixer.n_heads), "d_model / n_heads"),
+        "rope.scaling": (rope.scaling is None, "null"),
+        "rope.partial_rotary_factor": (rope.partial_rotary_factor == 1.0, "1"),
+    }
+    _require({f"model.block.sequence_mixer.{key}": value for key, value in wanted.items()})
+
+
+def _require(conditions: dict[str, tuple[bool, str]]) -> None:
+    for key, (met, value) in conditions.items():
+        if not met:
+            raise OLMoConfigurationError(f"{key} must be {value}, as in OLMoE: transformers has no place for it")
 
 
 def register_with_transformers() -> None:

@@ -14,7 +14,7 @@ from spattn_olmoe.olmo import apply_remedies
 from spattn_olmoe.olmo.callbacks import (
     METRICS_FILE,
     MFU_IF_DENSE,
-    AttentionFingerprint,
+    CheckpointFiles,
     MetricsFile,
     Progress,
     Throughput,
@@ -146,7 +146,7 @@ def run(tmp_path_factory):
 def test_a_run_gets_our_callbacks(run):
     _, trainer, _ = run
     kinds = [type(callback) for callback in trainer.callbacks.values()]
-    for kind in (Progress, Throughput, MetricsFile, AttentionFingerprint, CheckpointerCallback):
+    for kind in (Progress, Throughput, MetricsFile, CheckpointFiles, CheckpointerCallback):
         assert kinds.count(kind) == 1
 
 
@@ -161,11 +161,12 @@ def test_a_run_writes_every_step(run):
         assert MFU_IF_DENSE not in values  # a CPU has no MFU
 
 
-def test_every_checkpoint_and_the_run_say_what_attention_it_is(run):
+def test_every_checkpoint_and_the_run_carry_attention_and_tokenizer(run):
     config, _, folder = run
     expected = Fingerprint.of(config.model_with_attention())
     for place in (folder, folder / "step2", folder / "step3"):
         assert json.loads((place / FILE_NAME).read_text()) == json.loads(expected.to_json())
+        assert (place / "tokenizer.json").read_bytes() == (folder.parent / "data" / "tokenizer.json").read_bytes()
     saved = json.loads((folder / "step3" / "config.json").read_text())
     assert saved["model"]["block"]["sequence_mixer"]["pattern"] == "spattention"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,13 @@ from olmo_core.generate.generation_module import GenerationConfig, TransformerGe
 
 from spattn_olmoe.data.errors import DataError
 from spattn_olmoe.olmo import apply_remedies, with_attention
-from spattn_olmoe.olmo.generation import generate, load_generator, read_checkpoint_config, resolve_checkpoint
+from spattn_olmoe.olmo.generation import (
+    generate,
+    load_generator,
+    load_tokenizer,
+    read_checkpoint_config,
+    resolve_checkpoint,
+)
 
 from .tiny import PAD, VOCAB, tiny, write_data
 
@@ -211,3 +218,12 @@ def test_a_tokenizer_that_is_gone_is_named(run_folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match="no such file"):
         generate(str(tmp_path), "w5", max_new_tokens=1, temperature=0.0, seed=0)
+
+
+def test_a_checkpoints_own_tokenizer_comes_before_the_one_it_was_trained_with(run_folder, tmp_path):
+    config = read_checkpoint_config(run_folder / "step10")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_tokenizer(tmp_path).encode("w5").ids == [5]
+    own = Path(config["dataset"]["tokenizer"]["identifier"]).read_text().replace('"w5"', '"moved"')
+    (tmp_path / "tokenizer.json").write_text(own)
+    assert load_tokenizer(tmp_path).encode("moved").ids == [5]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.nn.transformer import TransformerBlockType
 
 from spattn_olmoe.olmo import apply_remedies, hf, with_attention
 
@@ -166,19 +167,44 @@ def test_a_saved_transformers_model_carries_its_patterns(tmp_path):
     torch.testing.assert_close(again(tokens()).logits, ours(tokens()), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (
-            lambda block: setattr(block, "name", TransformerBlockType.moe_reordered_norm),
-            "model.block.name must be 'moe'",
-        ),
-        (lambda block: setattr(block.feed_forward_moe.router, "normalize_expert_weights", 1.0), "must be null"),
-    ],
-    ids=["reordered norm", "normalised expert weights"],
-)
-def test_what_transformers_has_no_model_for_is_refused(change, said):
-    config = with_attention(tiny().model, seq_len=N)
-    change(config.block)
+ELSEWHERE = {
+    "block.name=moe_reordered_norm": "model.block.name must be 'moe'",
+    "block.feed_forward_moe.router.normalize_expert_weights=1.0": "normalize_expert_weights must be null",
+    "block.feed_forward_moe.router.gating_function=sigmoid": "gating_function must be softmax",
+    "block.feed_forward_moe.router.bias_gamma=0.001": "bias_gamma must be null",
+    "block.feed_forward_moe.shared_mlp={hidden_size: 16}": "shared_mlp must be null",
+    "block.sequence_mixer.bias=true": "sequence_mixer.bias must be false",
+    "block.sequence_mixer.clip_qkv=8.0": "clip_qkv must be null",
+    "block.sequence_mixer.head_dim=32": "head_dim must be",
+    "block.sequence_mixer.use_head_qk_norm=true": "use_head_qk_norm must be false",
+    "block.sequence_mixer.gate={}": "gate must be null",
+    "block.sequence_mixer.qk_norm=null": "qk_norm must be rms",
+    "block.sequence_mixer.qk_norm.eps=1e-6": "qk_norm must be rms",
+    "block.sequence_mixer.rope=null": "attention with rope",
+    "block.sequence_mixer.rope.partial_rotary_factor=0.5": "partial_rotary_factor must be 1",
+    "block.layer_norm.bias=true": "model.block.layer_norm must be rms",
+    "lm_head.layer_norm.eps=1e-6": "model.lm_head.layer_norm must be rms",
+    "lm_head.bias=true": "model.lm_head.bias must be false",
+    "tie_word_embeddings=true": "tie_word_embeddings must be false",
+    "embed_scale=2.0": "embed_scale must be null",
+}
+
+
+@pytest.mark.parametrize(("override", "said"), ELSEWHERE.items(), ids=ELSEWHERE.keys())
+def test_what_transformers_has_no_place_for_is_refused(override, said):
+    config = with_attention(tiny(f"model.{override}").model, seq_len=N)
     with pytest.raises(OLMoConfigurationError, match=said):
         hf.transformers_config(config, max_length=64, eos_token_id=EOS, pad_token_id=PAD)
+
+
+@pytest.mark.parametrize("change", ["heads", "experts"])
+def test_a_layer_of_another_shape_is_refused(change):
+    base = tiny().model
+    own = copy.deepcopy(base.block)
+    if change == "heads":
+        own.sequence_mixer.n_heads = 8
+    else:
+        own.feed_forward_moe.hidden_size = 64
+    base.block_overrides = {1: own}
+    with pytest.raises(OLMoConfigurationError, match=r"model\.block_overrides"):
+        hf.to_transformers({}, with_attention(base, seq_len=N))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from olmo_core.nn.attention.base import SequenceMixerConfig
 from olmo_core.nn.layer_norm import LayerNormConfig
 from olmo_core.nn.rope import RoPEConfig
 
+from spattn_olmoe import build_pattern
+from spattn_olmoe.kernels import cpu, flex
 from spattn_olmoe.olmo import PatternAttention, PatternAttentionConfig, mixer, with_attention
 
 from .tiny import run_python, tiny
@@ -171,6 +174,34 @@ def test_every_implementation_gives_the_same(impl):
     other = build(config("spattention", {"local_sharing": True}, impl=impl))
     with torch.no_grad():
         torch.testing.assert_close(other(inputs()), ours(inputs()), atol=1e-5, rtol=1e-5)
+
+
+@each_pattern
+@pytest.mark.parametrize("documents", [False, True], ids=["", "documents"])
+def test_training_goes_on_after_inference(pattern, options, documents):
+    """What inference has left in a cache serves a backward pass."""
+    ours = build(replace(config(pattern, options), band_seq_len=N + 3))
+    x = inputs(B=1, T=N + 3)
+    packed = {"cu_doc_lens": torch.tensor([0, 20, N + 3]), "max_doc_len": 31} if documents else {}
+    ours(
+        x, **packed
+    )  # OLMo-core's rotary buffers: made here, or inference would leave some that cannot be trained with
+    cpu._window_mask.cache_clear()
+    with torch.inference_mode():
+        before = ours(x, **packed)
+    after = ours(x, **packed)
+    after.sum().backward()
+    torch.testing.assert_close(after, before.clone(), atol=1e-6, rtol=1e-6)
+
+
+def test_block_masks_made_in_inference_serve_training():
+    pattern = build_pattern("spattention", n_heads=4, seq_len=N)
+    flex._block_mask.cache_clear()
+    with torch.inference_mode():
+        made = flex.block_mask(pattern, 1, N, 4, 0, torch.device("cpu"))
+        documents = flex.block_mask(pattern, 1, N, 4, 0, torch.device("cpu"), torch.tensor([0, 20, N]))
+    assert not made.kv_num_blocks.is_inference()
+    assert documents.kv_num_blocks.is_inference()  # it lives as long as the tensor of lengths, which is one too
 
 
 DISTANCE_PATTERNS = [p for p in PATTERNS if p[0] not in ("longformer", "bigbird") and "band_length" not in p[1]]
