@@ -69,7 +69,7 @@ def trial(config: str, folder: Path, kills: int, seed: int) -> dict[str, Any]:
     chance = random.Random(seed)
     killed: list[dict[str, float]] = []
     while len(killed) < kills:
-        after = chance.uniform(0.5, 2 * seconds / kills)
+        after = chance.uniform(0.5, 1.4 * seconds / kills)
         if prepare(config, folder / "killed", after) is not None:
             break
         killed.append({"after_seconds": round(after, 2), "documents_kept": documents_done(folder / "killed")})
