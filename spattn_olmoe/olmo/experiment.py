@@ -20,12 +20,12 @@ from olmo_core.train.callbacks import ConfigSaverCallback, ConsoleLoggerCallback
 from olmo_core.train.train_module import TransformerTrainModuleConfig
 from olmo_core.utils import seed_all
 
-from ..data.manifest import verify
+from ..data.manifest import Manifest, verify
 from .callbacks import CheckpointFiles, MetricsFile, Progress, Throughput
 from .config import ExperimentConfig
 from .fingerprint import FILE_NAME as FINGERPRINT_FILE
 from .fingerprint import Fingerprint, check_checkpoint
-from .generation import TOKENIZER_FILE
+from .generation import TOKENIZER_FILE, find_checkpoint
 from .mixer import PatternAttentionConfig
 from .remedies import apply_remedies
 
@@ -244,7 +244,7 @@ def tokenizer_file(config: ExperimentConfig) -> dict[str, str]:
     folders = data_folders(config)
     if not folders:
         return {}
-    return {TOKENIZER_FILE: verify(folders[0]).tokenizer_path.read_text(encoding="utf-8")}
+    return {TOKENIZER_FILE: Manifest.load(folders[0]).tokenizer_path.read_text(encoding="utf-8")}
 
 
 def data_folders(config: ExperimentConfig) -> list[Path]:
@@ -286,18 +286,10 @@ def check_resume(config: ExperimentConfig) -> None:
 
 def checkpoint_to_load(config: ExperimentConfig) -> str | None:
     """The checkpoint that the trainer would load: the latest of the save folder, else of ``trainer.load_path``."""
-    from olmo_core.train import Checkpointer
-
     trainer = config.trainer
     if trainer.no_checkpoints or trainer.load_strategy == LoadStrategy.never:
         return None
     for folder in (trainer.save_folder, trainer.load_path):
-        if folder is None:
-            continue
-        if Checkpointer.dir_is_checkpoint(folder):
-            return str(folder)
-        try:
-            return Checkpointer.latest_checkpoint(folder)
-        except FileNotFoundError:
-            continue
+        if folder is not None and (found := find_checkpoint(folder)) is not None:
+            return found
     return None

@@ -20,19 +20,27 @@ from .remedies import apply_remedies
 TOKENIZER_FILE = "tokenizer.json"
 
 
-def resolve_checkpoint(folder: str | Path) -> str:
-    """A checkpoint folder itself, or the newest complete checkpoint of a run's folder.
-
-    :raises OLMoConfigurationError: there is none.
-    """
+def find_checkpoint(folder: str | Path) -> str | None:
+    """A checkpoint folder itself, or the newest complete checkpoint of a run's folder; None where there is none."""
     if Checkpointer.dir_is_checkpoint(folder):
         return str(folder)
     try:
         return Checkpointer.latest_checkpoint(folder)
     except FileNotFoundError:
+        return None
+
+
+def resolve_checkpoint(folder: str | Path) -> str:
+    """A checkpoint folder itself, or the newest complete checkpoint of a run's folder.
+
+    :raises OLMoConfigurationError: there is none.
+    """
+    found = find_checkpoint(folder)
+    if found is None:
         raise OLMoConfigurationError(
             f"--checkpoint {folder}: neither a complete checkpoint nor a folder of checkpoints (stepN/)"
-        ) from None
+        )
+    return found
 
 
 def read_checkpoint_config(checkpoint: str | Path) -> dict[str, Any]:
