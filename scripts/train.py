@@ -7,6 +7,7 @@ torchrun scripts/train.py --config configs/1b7b_spattn.yaml --dry-run
 from __future__ import annotations
 
 import argparse
+import sys
 
 from spattn_olmoe.cli import user_errors
 
@@ -22,11 +23,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example attention.type=eball")
     args = parser.parse_intermixed_args()
     with user_errors():
-        from olmo_core.train import teardown_training_environment
-
         from spattn_olmoe.olmo.config import load_experiment, show
         from spattn_olmoe.olmo.experiment import check, prepare
         from spattn_olmoe.olmo.report import dry_run
+        from spattn_olmoe.olmo.resilience import fit
 
         if args.show:
             print(show(args.config, args.overrides, args.show))
@@ -37,10 +37,7 @@ def main() -> None:
             dry_run(config)
             return
         trainer = prepare(config, verify_data=args.verify_data)
-    try:
-        trainer.fit()  # what fails from here on is no slip of the user's: it keeps its traceback
-    finally:
-        teardown_training_environment()
+    sys.exit(fit(trainer))  # what fails from here on is no slip of the user's: it keeps its traceback
 
 
 if __name__ == "__main__":
