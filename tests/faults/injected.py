@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from olmo_core.distributed.utils import get_rank
@@ -128,19 +128,20 @@ class SlowToHear(Fault):
     :param stock: with OLMo-core's own way of asking.
     """
 
+    priority: ClassVar[int] = 100  # speaks before the last checkpoint is saved
     stock: bool = False
 
     def pre_train(self) -> None:
         if self.stock:
             Trainer.check_if_canceled = cancellation.stock_check_if_canceled  # type: ignore[method-assign]
-        ask = trainer.all_reduce_value
+        tell = trainer.broadcast_object
 
         def late(*args: Any, **kwargs: Any) -> Any:
-            answer = ask(*args, **kwargs)
-            time.sleep(0.5 if get_rank() == self.rank and self.step >= self.at else 0.0)
+            answer = tell(*args, **kwargs)
+            time.sleep(0.5 if get_rank() == self.rank else 0.0)
             return answer
 
-        trainer.all_reduce_value = late
+        trainer.broadcast_object = late
 
     def pre_step(self, batch: dict[str, Any]) -> None:
         print(f"rank {get_rank()} begins step {self.step}", flush=True)
