@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -38,11 +39,11 @@ def fit(trainer: Trainer) -> int:
     :returns: the exit status of the process: 0 at the end of the run, 128 + its number if a signal ended it before that,
         with a checkpoint saved. An error is raised; on one of several ranks it ends the process at once.
     """
-    # The trainer's own handler ends with its last step; a launcher and a cluster may both send SIGTERM, and the second
-    # one must not end the process while it saves.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, functools.partial(_outside_the_steps, trainer))
     try:
         record(trainer.fit)()  # tells the launcher what failed, so that it can name the first of many failures
+    except SystemExit:
+        raise
     except BaseException:
         if get_world_size() > 1:
             # Threads of this process may wait for other ranks, as those wait for this one. Only once it is gone does the
@@ -60,6 +61,17 @@ def fit(trainer: Trainer) -> int:
             )
             return 128 + number
     return 0
+
+
+def _outside_the_steps(trainer: Trainer, number: int, frame: FrameType | None) -> None:
+    """SIGTERM before the trainer's own handler and behind it: before the first step it ends the process.
+
+    Behind the last one it changes nothing. A launcher and a cluster may both send it, and the second must not end the process while
+    it saves.
+    """
+    ends = [end for end in (trainer.max_duration, trainer.hard_stop) if end is not None]
+    if not trainer.is_canceled and not any(trainer._duration_due(end) for end in ends):
+        sys.exit(128 + number)
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------
@@ -98,8 +110,8 @@ class SafeCheckpointer(CheckpointerCallback):
         if not is_url(self.save_folder):
             free = f"{shutil.disk_usage(self.save_folder).free / 2**30:.1f} GiB are free in {self.save_folder}. "
         return (
-            f"{free}Earlier checkpoints are intact: free some space (or quota), or copy the newest one into another "
-            "trainer.save_folder, and start the same command again"
+            f"{free}Earlier checkpoints are intact, and the same command goes on from the newest. If space (or quota) is what was "
+            "lacking, free some first, or copy the newest into another trainer.save_folder"
         )
 
 
