@@ -64,10 +64,9 @@ def fit(trainer: Trainer) -> int:
 
 
 def _outside_the_steps(trainer: Trainer, number: int, frame: FrameType | None) -> None:
-    """SIGTERM before the trainer's own handler and behind it: before the first step it ends the process.
+    """SIGTERM where the trainer does not handle it: before the first step it ends the process, behind the last it waits.
 
-    Behind the last one it changes nothing. A launcher and a cluster may both send it, and the second must not end the process while
-    it saves.
+    A launcher and a cluster may both send it, and the second one must not end the process while it saves.
     """
     ends = [end for end in (trainer.max_duration, trainer.hard_stop) if end is not None]
     if not trainer.is_canceled and not any(trainer._duration_due(end) for end in ends):
@@ -110,7 +109,7 @@ class SafeCheckpointer(CheckpointerCallback):
         if not is_url(self.save_folder):
             free = f"{shutil.disk_usage(self.save_folder).free / 2**30:.1f} GiB are free in {self.save_folder}. "
         return (
-            f"{free}Earlier checkpoints are intact, and the same command goes on from the newest. If space (or quota) is what was "
+            f"{free}Earlier checkpoints are intact, and the same command goes on from the newest. If space (or quota) was "
             "lacking, free some first, or copy the newest into another trainer.save_folder"
         )
 

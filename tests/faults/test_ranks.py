@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
+from spattn_olmoe.olmo.checkpoints import find_damage
 from tests.faults.injected import inject
 from tests.faults.processes import Run
 from tests.faults.test_checkpoints import WEIGHTS, flip
@@ -57,6 +58,15 @@ def test_all_ranks_fall_back_to_the_same_checkpoint(unbroken_2, new_run):
     assert run(ranks=2) == 0, run.log
     assert run.log.count(f"going back to {run.folder / 'step4'}") == 1
     assert run.curve == unbroken_2.curve
+
+
+def test_all_ranks_skip_the_step_that_is_bad_on_one(unbroken_2, new_run):
+    run = new_run()
+    assert run(inject("NaN", at=3, rank=1), "trainer.hard_stop={value: 4, unit: steps}", ranks=2) == 0, run.log
+    assert run.log.count("step 3 skipped: the gradient's norm is nan") == 1
+    assert {step: unbroken_2.curve[step] for step in (1, 2)} == {step: run.curve[step] for step in (1, 2)}
+    assert list(run.curve) == [1, 2, 4]
+    assert find_damage(str(run.folder / "step4")) is None
 
 
 def test_a_rank_that_fails_leaves_at_once_and_says_why(new_run, tmp_path):

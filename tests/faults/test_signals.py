@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
@@ -32,6 +33,15 @@ def test_stopped_mid_step(unbroken, new_run, fault):
     assert run.steps() == saved
     assert run() == 0, run.log
     assert run.curve == unbroken.curve
+
+
+def test_sigterm_before_the_first_step_ends_at_once(unbroken, new_run):
+    run = new_run()
+    with run.started() as (process,):
+        run.until_said("Building AdamW optimizer", process)
+        os.kill(process.pid, signal.SIGTERM)
+        assert run.wait([process]) in (143, -signal.SIGTERM)
+    assert run.steps() == []
 
 
 @pytest.mark.parametrize("how", ["synchronous", "asynchronous"])

@@ -18,3 +18,11 @@ def test_an_unreachable_server_does_not_stop_a_run(unbroken, new_run):
     assert run(env=KEY) == 0, run.log
     assert run.log.count("wandb is off for the rest of this run") == 1
     assert run.curve == unbroken.curve
+
+
+def test_looking_for_cancel_tags_without_a_network_does_not_stop_a_run(unbroken, new_run):
+    pytest.importorskip("wandb")
+    run = new_run("trainer.callbacks.wandb.enabled=true", "trainer.callbacks.wandb.mode=offline")
+    assert run(env=KEY) == 0, run.log
+    assert run.curve == unbroken.curve
+    assert list(run.folder.rglob("run-*.wandb"))
