@@ -89,9 +89,11 @@ class Run:
             yield processes
         finally:
             for process in processes:
-                process.kill()
-                process.join()
-            self.log = self._output.read_text(errors="replace")
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+            if self._output.exists():
+                self.log = self._output.read_text(errors="replace")
 
     def wait(self, processes: list[Any]) -> int:
         deadline = time.monotonic() + LIMIT
