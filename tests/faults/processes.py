@@ -20,7 +20,7 @@ from typing import Any
 from tests.olmo.tiny import BASE, ROOT, TINY, environment, run_overrides
 
 SCRIPT = ROOT / "scripts" / "train.py"
-LIMIT = 120.0
+LIMIT = 300.0
 """Seconds after which a process that should have ended is a failure."""
 
 _server = multiprocessing.get_context("forkserver")
@@ -60,10 +60,19 @@ class Run:
     def started(
         self, *overrides: str, ranks: int = 1, arguments: tuple[str, ...] = (), env: dict[str, str] | None = None
     ) -> Iterator[list[Any]]:
-        """The processes of a start, one a rank; nothing of them is left afterwards."""
+        """The processes of a start, one a rank; nothing of them is left afterwards.
+
+        :param env: added to the environment; ``{RANK}`` in a value is the process's.
+        """
         argv = command(self.folder, self.data, *self.overrides, *overrides) + list(arguments)
         with self._logged(
-            (train, argv, {**rank_env, **(env or {})}, str(self._output)) for rank_env in _ranks(ranks)
+            (
+                train,
+                argv,
+                {**rank_env, **{key: value.format(**rank_env) for key, value in (env or {}).items()}},
+                self._output,
+            )
+            for rank_env in _ranks(ranks)
         ) as processes:
             yield processes
 
@@ -72,7 +81,7 @@ class Run:
         """The launcher of a start on several ranks."""
         argv = command(self.folder, self.data, *self.overrides, *overrides)
         launcher = ["--standalone", f"--nproc-per-node={ranks}", *argv]
-        with self._logged([(launch, launcher, str(self._output))]) as processes:
+        with self._logged([(launch, launcher, self._output)]) as processes:
             yield processes[0]
 
     @property
@@ -138,7 +147,7 @@ def _ranks(n: int) -> list[dict[str, str]]:
     return [{**shared, "RANK": str(r), "LOCAL_RANK": str(r), "OLMO_SHARED_FS": "1"} for r in range(n)]
 
 
-def train(argv: list[str], env: dict[str, str], output: str) -> None:
+def train(argv: list[str], env: dict[str, str], output: Path) -> None:
     """``python scripts/train.py ...`` in this process."""
     _alone(output, env)
     sys.argv = argv
@@ -149,7 +158,7 @@ def train(argv: list[str], env: dict[str, str], output: str) -> None:
         sys.exit(1)
 
 
-def _alone(output: str, env: dict[str, str]) -> None:
+def _alone(output: Path, env: dict[str, str]) -> None:
     """A process group, an environment and a log of its own."""
     os.setpgid(0, 0)
     inherited = environment(env)
@@ -161,7 +170,7 @@ def _alone(output: str, env: dict[str, str]) -> None:
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
 
 
-def launch(arguments: list[str], output: str) -> None:
+def launch(arguments: list[str], output: Path) -> None:
     """``torchrun ...`` in this process; the ranks are new ones."""
     from torch.distributed.run import main
 
