@@ -23,6 +23,7 @@ from olmo_core.train import Trainer, teardown_training_environment
 from olmo_core.train.callbacks import Callback, CheckpointerCallback, EvaluatorCallback
 from olmo_core.train.common import OPTIM_GRAD_NORM_METRIC, TRAIN_CE_LOSS_METRIC, ReduceType
 from olmo_core.utils import cuda_sync_debug_mode
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.elastic.multiprocessing.errors import record
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class SafeCheckpointer(CheckpointerCallback):
             return save()
         except SaveError:
             raise
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter is none of the former
             raise SaveError(f"{path} could not be saved: {_cause(error)}. {self._advice()}") from error
 
     def _advice(self) -> str:

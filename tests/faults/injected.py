@@ -70,11 +70,11 @@ class KillWhileSaving(Fault):
 
 @dataclass
 class FullDisk(Fault):
-    """No file of this process can grow beyond 64 KiB: small ones still can be written, as on a disk that is nearly full."""
+    """No file of this process can grow beyond 160 kB, which those of the weights do: as on a disk that is nearly full."""
 
     def pre_optim_step(self) -> None:
         if self.due:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (160_000, 160_000))
 
 
 @dataclass
