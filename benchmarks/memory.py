@@ -2,7 +2,7 @@
 
 python scripts/benchmark.py memory [--only NAME ...] [--out FILE]
 
-Measured is the most resident memory of rank 0 during the third step, less what it had before the model was built. On a CPU
+Measured is the most resident memory of rank 0 during the second step, less what it had before the model was built. On a CPU
 that is what was allocated, since the C library is told to give every large block back to the system at once.
 """
 
@@ -39,7 +39,7 @@ MODEL = [
     "data_loader.num_workers=0",
     "train_module.rank_microbatch_size=1024",
     "train_module.optim.foreach=true",  # what PyTorch does by default on a GPU
-    "trainer.max_duration.value=3",
+    "trainer.max_duration.value=2",
     "trainer.max_duration.unit=steps",
     "trainer.no_checkpoints=true",
     "trainer.callbacks.wandb.enabled=false",

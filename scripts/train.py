@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML file, see configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its cost; start nothing")
-    parser.add_argument("--gpus", type=int, metavar="N", help="of a dry run: estimate memory for so many GPUs")
+    parser.add_argument("--gpus", type=int, metavar="N", help="of a dry run: check the layout and estimate memory for so many")
     parser.add_argument("--show", metavar="key", help="print one value of the resolved config; start nothing")
     parser.add_argument(
         "--verify-data", action="store_true", help="compare the data's hashes with the manifest's first"
@@ -29,7 +29,7 @@ def main() -> None:
         from olmo_core.train import teardown_training_environment
 
         from spattn_olmoe.olmo.config import load_experiment, show
-        from spattn_olmoe.olmo.experiment import check, prepare
+        from spattn_olmoe.olmo.experiment import check, check_layout, prepare
         from spattn_olmoe.olmo.report import dry_run
         from spattn_olmoe.planning.report import memory_table
 
@@ -39,6 +39,8 @@ def main() -> None:
         config = load_experiment(args.config, args.overrides)
         if args.dry_run:
             check(config)
+            if args.gpus is not None:
+                check_layout(config, args.gpus)
             console = Console()
             dry_run(config, console)
             console.print(memory_table(config, args.gpus or int(os.environ.get("WORLD_SIZE", "1"))))
