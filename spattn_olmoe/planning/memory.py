@@ -78,7 +78,8 @@ class Shape:
 
     @classmethod
     def of(cls, config: ExperimentConfig, model: Transformer | None = None) -> Shape:
-        """
+        """Read a config's model.
+
         :param model: the built model, to build it only once.
         :raises NotModelled: a part of the model that the estimate does not know.
         """
