@@ -94,7 +94,9 @@ def measure(name: str, folder: Path, data: list[str]) -> dict:
     # oneDNN would keep the scratch of every shape it has met, and experts' shapes are never the same.
     env |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
     env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "MALLOC_ARENA_MAX": "1"}
-    done = subprocess.run([*command, str(base), json.dumps(overrides), str(out)], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, str(base), json.dumps(overrides), str(out)], env=env, capture_output=True, text=True
+    )
     if done.returncode:
         raise ValueError(f"{name}: training failed: {done.stderr[-2000:]}")
     measured = json.loads(out.read_text())[-1]

@@ -18,7 +18,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML file, see configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its cost; start nothing")
-    parser.add_argument("--gpus", type=int, metavar="N", help="of a dry run: check the layout and estimate memory for so many")
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="of a dry run: check the layout and estimate memory for so many"
+    )
     parser.add_argument("--show", metavar="key", help="print one value of the resolved config; start nothing")
     parser.add_argument(
         "--verify-data", action="store_true", help="compare the data's hashes with the manifest's first"

@@ -145,9 +145,7 @@ def gpu_health() -> Iterator[Row]:
         return
     bad = []
     for index, (throttled, errors, now, top) in enumerate(
-        _nvidia_smi(
-            "clocks_throttle_reasons.active,ecc.errors.uncorrected.volatile.total,clocks.sm,clocks.max.sm"
-        )
+        _nvidia_smi("clocks_throttle_reasons.active,ecc.errors.uncorrected.volatile.total,clocks.sm,clocks.max.sm")
     ):
         reasons = int(throttled, 16) & ~0b11 if throttled.startswith("0x") else 0  # idle and set clocks are no fault
         if reasons:
@@ -192,7 +190,9 @@ def save_folder(config: ExperimentConfig, nodes: int) -> Iterator[Row]:
     try:
         speed = write_speed(existing)
     except OSError as error:
-        yield Row("save folder", FAIL, f"{existing}: {error.strerror}", "set trainer.save_folder to a folder you may write")
+        yield Row(
+            "save folder", FAIL, f"{existing}: {error.strerror}", "set trainer.save_folder to a folder you may write"
+        )
         return
     try:
         size = checkpoint_bytes(config)
@@ -236,7 +236,9 @@ def checkpoints_kept(config: ExperimentConfig) -> int:
             if callback.max_checkpoints is not None:
                 return callback.max_checkpoints + 1
             duration, interval = config.trainer.max_duration, callback.save_interval
-            steps = duration.value if duration.unit == "steps" else duration.value // config.data_loader.global_batch_size
+            steps = (
+                duration.value if duration.unit == "steps" else duration.value // config.data_loader.global_batch_size
+            )
             return steps // interval + 2 if duration.unit != "epochs" and interval else 2
     return 1
 
@@ -247,7 +249,9 @@ def data(config: ExperimentConfig) -> Iterator[Row]:
         files = data_files(config)
         check_data(config)
     except (OLMoConfigurationError, ValueError) as error:
-        yield Row("data", FAIL, " ".join(str(error).split()), "python scripts/prepare_data.py --config configs/data/...")
+        yield Row(
+            "data", FAIL, " ".join(str(error).split()), "python scripts/prepare_data.py --config configs/data/..."
+        )
         return
     local = [Path(f) for f in files if not is_url(f)]
     size = sum(f.stat().st_size for f in local)
@@ -293,7 +297,9 @@ def system(config: ExperimentConfig) -> Iterator[Row]:
     )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = soft >= MIN_OPEN_FILES or soft == resource.RLIM_INFINITY
-    yield Row("open files", OK if enough else WARN, f"{soft:,} (hard limit {hard:,})", "" if enough else f"ulimit -n {hard}")
+    yield Row(
+        "open files", OK if enough else WARN, f"{soft:,} (hard limit {hard:,})", "" if enough else f"ulimit -n {hard}"
+    )
     if (meminfo := Path("/proc/meminfo")).is_file():
         sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines()}
         free, enough = sizes["MemAvailable"], sizes["MemAvailable"] > MIN_HOST_MEMORY
@@ -304,7 +310,9 @@ def system(config: ExperimentConfig) -> Iterator[Row]:
             "" if enough else "checkpoints pass through it: free some",
         )
     steady = time.get_clock_info("monotonic").monotonic
-    yield Row("monotonic clock", OK if steady else FAIL, "yes" if steady else "no", "" if steady else "timeouts need one")
+    yield Row(
+        "monotonic clock", OK if steady else FAIL, "yes" if steady else "no", "" if steady else "timeouts need one"
+    )
     host = socket.gethostname()
     for name in dict.fromkeys((host, os.environ.get("MASTER_ADDR", host))):
         try:

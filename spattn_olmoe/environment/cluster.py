@@ -72,7 +72,9 @@ def all_reduce(device: torch.device) -> Row:
     seconds = time.perf_counter() - start
     moved = 2 * (size - 1) / size * x.numel() * x.element_size()
     found = f"{dist.get_backend()} over {size} processes, {moved / seconds / 1e9:.2f} GB/s"
-    return Row("all-reduce", OK if right else FAIL, found, "" if right else "the sum is wrong: look for a broken GPU or link")
+    return Row(
+        "all-reduce", OK if right else FAIL, found, "" if right else "the sum is wrong: look for a broken GPU or link"
+    )
 
 
 def all_reduce_here() -> Row:
@@ -109,7 +111,9 @@ def clock_skew() -> Row:
     dist.all_gather_object(now, time.time())
     skew = max(now) - min(now)
     good = skew <= MAX_SKEW
-    return Row("clock skew", OK if good else WARN, f"{skew * 1000:.0f} ms at most", "" if good else "run NTP on every node")
+    return Row(
+        "clock skew", OK if good else WARN, f"{skew * 1000:.0f} ms at most", "" if good else "run NTP on every node"
+    )
 
 
 def merge(by_host: list[tuple[str, list[Row]]]) -> list[Row]:

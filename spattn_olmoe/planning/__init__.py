@@ -4,5 +4,4 @@ from .layouts import Layout
 from .memory import Memory, memory
 from .search import Plan, plan
 
-
 __all__ = ["Layout", "Memory", "Plan", "memory", "plan"]

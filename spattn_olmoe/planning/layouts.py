@@ -71,7 +71,9 @@ class Layout:
     @property
     def parallelisms(self) -> int:
         """How many things are to be understood besides FSDP: the smaller, the simpler."""
-        return sum((self.tensor > 1, self.context > 1, self.expert > 1, self.data_parallel != "fsdp", bool(self.recomputed)))
+        return sum(
+            (self.tensor > 1, self.context > 1, self.expert > 1, self.data_parallel != "fsdp", bool(self.recomputed))
+        )
 
     def __str__(self) -> str:
         parts = [self.data_parallel or "one process"]

@@ -33,10 +33,24 @@ class GPU:
 
 
 GPUS = {
-    "h100": GPU("H100", 80e9, PEAK_FLOPS["H100"], 3.35e12, 450e9, 50e9, "NVIDIA H100 SXM data sheet; DGX H100: 8 x 400 Gb/s"),
-    "h200": GPU("H200", 141e9, PEAK_FLOPS["H200"], 4.8e12, 450e9, 50e9, "NVIDIA H200 SXM data sheet; DGX H200: 8 x 400 Gb/s"),
-    "a100": GPU("A100", 80e9, PEAK_FLOPS["A100"], 2.04e12, 300e9, 25e9, "NVIDIA A100 80GB SXM data sheet; DGX A100: 8 x 200 Gb/s"),
-    "b200": GPU("B200", 180e9, PEAK_FLOPS["B200"], 8.0e12, 900e9, 50e9, "NVIDIA DGX B200 data sheet, an eighth; 8 x 400 Gb/s"),
+    "h100": GPU(
+        "H100", 80e9, PEAK_FLOPS["H100"], 3.35e12, 450e9, 50e9, "NVIDIA H100 SXM data sheet; DGX H100: 8 x 400 Gb/s"
+    ),
+    "h200": GPU(
+        "H200", 141e9, PEAK_FLOPS["H200"], 4.8e12, 450e9, 50e9, "NVIDIA H200 SXM data sheet; DGX H200: 8 x 400 Gb/s"
+    ),
+    "a100": GPU(
+        "A100",
+        80e9,
+        PEAK_FLOPS["A100"],
+        2.04e12,
+        300e9,
+        25e9,
+        "NVIDIA A100 80GB SXM data sheet; DGX A100: 8 x 200 Gb/s",
+    ),
+    "b200": GPU(
+        "B200", 180e9, PEAK_FLOPS["B200"], 8.0e12, 900e9, 50e9, "NVIDIA DGX B200 data sheet, an eighth; 8 x 400 Gb/s"
+    ),
 }
 
 
@@ -61,9 +75,13 @@ ASSUMPTIONS = {
     ),
     "experts": Assumption(0.30, "of peak FLOP/s, in the experts' grouped products", "assumption"),
     "attention": Assumption(
-        0.33, "of peak FLOP/s, in the tiles that attention visits", "assumption: 0.26 to 0.48 expected of Triton on Hopper"
+        0.33,
+        "of peak FLOP/s, in the tiles that attention visits",
+        "assumption: 0.26 to 0.48 expected of Triton on Hopper",
     ),
-    "hbm": Assumption(0.85, "of memory bandwidth, in what is no matrix product", "assumption; copies reach 0.90 on an H200"),
+    "hbm": Assumption(
+        0.85, "of memory bandwidth, in what is no matrix product", "assumption; copies reach 0.90 on an H200"
+    ),
     "traffic": Assumption(
         6.0, "bytes read and written for each byte that a backward pass keeps", "assumption, without torch.compile"
     ),

@@ -78,9 +78,7 @@ def reasons(plan: Plan) -> list[str]:
 def _run_table(plan: Plan) -> Table:
     shape, config, best = plan.shape, plan.config, plan.best
     model = config.model_with_attention()
-    table = Table(
-        "", "", title=f"{config.name} on {plan.ranks:,} x {plan.gpu.name}", show_header=False, min_width=100
-    )
+    table = Table("", "", title=f"{config.name} on {plan.ranks:,} x {plan.gpu.name}", show_header=False, min_width=100)
     parameters = shape.count("")
     table.add_row(
         "parameters",

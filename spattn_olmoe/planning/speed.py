@@ -1,4 +1,4 @@
-"""Expected time of a training step from counted work, a stated machine and stated assumptions. An estimate, never a measurement."""
+"""Expected time of a step, from counted work, a stated machine and stated assumptions: an estimate, never a measurement."""
 
 from __future__ import annotations
 
@@ -138,17 +138,16 @@ def speed(config: ExperimentConfig, layout: Layout, gpu: GPU, shape: Shape, work
         exposed["exchange of Ulysses"] = collective(layout.context, layout.tensor, received, 6 * L, pairwise=True)
     if layout.tensor > 1:
         tp = layout.tensor
-        received = (4 * L + 2) * c * n * d * (tp - 1)  # gather and scatter of a block's input and output, and the head's
+        received = (
+            (4 * L + 2) * c * n * d * (tp - 1)
+        )  # gather and scatter of a block's input and output, and the head's
         received += (8 * L * c * n * shape.query + 2 * c * n * shape.vocab) * (tp - 1) / tp  # QK-norm, logits
         exposed["tensor parallelism"] = collective(tp, 1, received, 12 * L)
     waiting = max(0.0, hidden - busy)
 
     # Once a step: gradients summed over replicas behind the last backward pass, and the optimiser.
     replicas, local = layout.replicas, local_parameters(shape, layout)
-    if layout.expert > 1:
-        local_dense = local - local_parameters(shape, layout, EXPERTS)
-    else:
-        local_dense = local
+    local_dense = local - local_parameters(shape, layout, EXPERTS) if layout.expert > 1 else local
     summed = 2 * shape.reduce * local_dense * (replicas - 1) / replicas
     all_reduce = collective(replicas, inner * layout.shard_degree, summed, 2 * (L + 2))
     parts = {name: microbatches * seconds for name, seconds in {**compute, **exposed}.items()}

@@ -56,7 +56,9 @@ def build(config: ExperimentConfig, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def loss_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return model(ids, labels=ids, loss_reduction="sum", return_logits=False, loss_div_factor=torch.tensor(float(TOKENS))).loss
+    return model(
+        ids, labels=ids, loss_reduction="sum", return_logits=False, loss_div_factor=torch.tensor(float(TOKENS))
+    ).loss
 
 
 def bytes_kept(model: torch.nn.Module) -> int:
@@ -83,7 +85,9 @@ def test_activations_are_those_that_autograd_keeps(dtype, recompute):
     config = small(*recompute, *(["train_module.dp_config.param_dtype=null"] if dtype == torch.float32 else []))
     shape = Shape.of(config)
     rotary = 8 * T * shape.query // shape.heads
-    predicted = TOKENS * (sum(kept_per_token(shape, Layout.of(config, 1)).values()) + 4 * VOCAB) + rotary + _casts(shape)
+    predicted = (
+        TOKENS * (sum(kept_per_token(shape, Layout.of(config, 1)).values()) + 4 * VOCAB) + rotary + _casts(shape)
+    )
     assert predicted == pytest.approx(bytes_kept(build(config, dtype)), rel=0.02)
 
 
@@ -109,8 +113,12 @@ def test_flops_are_those_of_a_counted_run():
     with FlopCounterMode(display=False) as counter:
         loss_of(model, torch.randint(0, VOCAB, (TOKENS // T, T))).backward()
     all_pairs = 12 * (shape.query // shape.heads) * shape.heads * shape.layers * T
-    norms = 6 * shape.count("q_norm", "k_norm", "lm_head.norm")  # OLMo-core counts these, and no product is made of them
-    assert counter.get_total_flops() / TOKENS == pytest.approx(flops.total - flops.attention - norms + all_pairs, rel=1e-3)
+    norms = 6 * shape.count(
+        "q_norm", "k_norm", "lm_head.norm"
+    )  # OLMo-core counts these, and no product is made of them
+    assert counter.get_total_flops() / TOKENS == pytest.approx(
+        flops.total - flops.attention - norms + all_pairs, rel=1e-3
+    )
     assert flops.attention < 0.5 * all_pairs
 
 
@@ -126,7 +134,9 @@ def test_states_are_shared_out():
 
     assert states(one) == 16 * parameters
     assert states(replace(one, ranks=4, shard_degree=4)) == pytest.approx(4 * parameters, rel=0.01)
-    assert states(replace(one, ranks=4, data_parallel="hsdp", shard_degree=2)) == pytest.approx(8 * parameters, rel=0.01)
+    assert states(replace(one, ranks=4, data_parallel="hsdp", shard_degree=2)) == pytest.approx(
+        8 * parameters, rel=0.01
+    )
     assert states(replace(one, ranks=4, context=2, shard_degree=2)) == pytest.approx(4 * parameters, rel=0.01)
     experts = Shape.of(config).count(".experts.")
     ep = replace(one, ranks=4, data_parallel="hsdp", shard_degree=2, expert=2)  # experts: over both dimensions
