@@ -204,7 +204,7 @@ def save_folder(config: ExperimentConfig, nodes: int) -> Iterator[Row]:
     yield Row(
         "disk space",
         OK if enough else WARN if free >= 2 * size else FAIL,
-        f"{free / 1e9:,.0f} GB free in {existing}; {kept} checkpoints of {size / 1e9:,.1f} GB will take {needed / 1e9:,.0f} GB",
+        f"{_size(free)} free in {existing}; {kept} checkpoints of {_size(size)} will take {_size(needed)}",
         "" if enough else "free some, or set trainer.callbacks.checkpointer.max_checkpoints",
     )
     seconds = size / nodes / speed
@@ -255,7 +255,7 @@ def data(config: ExperimentConfig) -> Iterator[Row]:
         return
     local = [Path(f) for f in files if not is_url(f)]
     size = sum(f.stat().st_size for f in local)
-    yield Row("data", OK, f"{len(files)} files, {size / 1e9:,.2f} GB; the manifest fits the config")
+    yield Row("data", OK, f"{len(files)} files, {_size(size)}; the manifest fits the config")
 
 
 def wandb(config: ExperimentConfig) -> Iterator[Row]:
@@ -321,6 +321,10 @@ def system(config: ExperimentConfig) -> Iterator[Row]:
             yield Row("host name", FAIL, f"{name} does not resolve: {error}", f"add {name} to DNS or /etc/hosts")
         else:
             yield Row("host name", OK, f"{name} is {address}")
+
+
+def _size(n: float) -> str:
+    return f"{n / 1e9:,.1f} GB" if n >= 1e9 else f"{n / 1e6:,.1f} MB"
 
 
 def _in_netrc(host: str) -> bool:

@@ -145,13 +145,16 @@ def memory(config: ExperimentConfig, layout: Layout, shape: Shape | None = None)
 
     logits = tokens * shape.vocab
     states = {"weights": weights, "gradients": weights, "optimiser": optimiser}
-    # FSDP2 gathers the next block while it computes with one; the head stays gathered.
-    gathered = {"gathered weights": shape.compute * (head + 2 * block)} if fsdp else {}
-    if layout.data_parallel == "ddp":
-        gathered = {"gradient buckets": shape.compute * local_parameters(shape, layout)}
+    # Blocks give their gathered weights back after the forward pass; the head keeps its own until it has gone backward.
+    # With other ranks, FSDP2 gathers one block ahead in the backward pass.
+    ahead = 1 if layout.ranks > 1 else 0
+    gathered_at_loss = shape.compute * (head + ahead * block) if fsdp else 0
+    gathered_at_block = shape.compute * (1 + ahead) * block if fsdp else 0
+    buckets = shape.compute * local_parameters(shape, layout) if layout.data_parallel == "ddp" else 0
     at_loss = {
         **states,
-        **gathered,
+        "gradient buckets": buckets,
+        "gathered weights": gathered_at_loss,
         **activations,
         "rotary tables, casts": casts,
         "logits and loss": 12 * logits,  # log-softmax, its gradient and that of the logits, all in float32
@@ -160,13 +163,18 @@ def memory(config: ExperimentConfig, layout: Layout, shape: Shape | None = None)
     reduced = (shape.compute + shape.reduce) * max(head, block) if fsdp else 0
     at_block = {
         **states,
-        **gathered,
+        "gradient buckets": buckets,
+        "gathered weights": gathered_at_block,
         **activations,
         "rotary tables, casts": casts,
         "gradients before reduction": reduced,
         "workspace of a block": tokens * _block_workspace(shape, layout),
     }
-    at_step = {**states, "workspace of the optimiser": weights}  # multi-tensor AdamW: the root of a moment
+    at_step = {
+        **states,
+        "gradient buckets": buckets,
+        "workspace of the optimiser": weights,
+    }  # multi-tensor AdamW: the root of a moment
     moments = {"the loss": at_loss, "the last block's backward": at_block, "the optimiser's step": at_step}
     return Memory({name: {k: v for k, v in parts.items() if v} for name, parts in moments.items()}, kept)
 
