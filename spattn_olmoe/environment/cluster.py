@@ -118,16 +118,15 @@ def clock_skew() -> Row:
 
 def merge(by_host: list[tuple[str, list[Row]]]) -> list[Row]:
     """One table of several machines: what is the same everywhere is one row, what differs names the machine."""
-    everywhere = by_host[0][1]
     out: list[Row] = []
     for name in dict.fromkeys(row.name for _, rows in by_host for row in rows):
         groups: dict[tuple[Row, ...], list[str]] = {}
         for host, rows in by_host:
             groups.setdefault(tuple(row for row in rows if row.name == name), []).append(host)
-        for rows, hosts in groups.items():
+        for alike, hosts in groups.items():
             where = "" if len(groups) == 1 else f"{', '.join(hosts)}: "
-            out += [Row(row.name, row.status, where + row.found, row.remedy) for row in rows]
-            if not rows and any(row.name == name for row in everywhere):
+            out += [Row(row.name, row.status, where + row.found, row.remedy) for row in alike]
+            if not alike:
                 out.append(Row(name, WARN, f"{', '.join(hosts)}: not checked", "nodes differ: look there"))
     return out
 

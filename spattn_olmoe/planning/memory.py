@@ -170,12 +170,16 @@ def memory(config: ExperimentConfig, layout: Layout, shape: Shape | None = None)
         "gradients before reduction": reduced,
         "workspace of a block": tokens * _block_workspace(shape, layout),
     }
-    at_step = {
+    at_step: dict[str, float] = {
         **states,
         "gradient buckets": buckets,
         "workspace of the optimiser": weights,
     }  # multi-tensor AdamW: the root of a moment
-    moments = {"the loss": at_loss, "the last block's backward": at_block, "the optimiser's step": at_step}
+    moments: dict[str, dict[str, float]] = {
+        "the loss": at_loss,
+        "the last block's backward": at_block,
+        "the optimiser's step": at_step,
+    }
     return Memory({name: {k: v for k, v in parts.items() if v} for name, parts in moments.items()}, kept)
 
 
