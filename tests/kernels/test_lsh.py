@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from attention_cases import Case, build, inputs, numpy_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
