@@ -53,7 +53,9 @@ _CURVES = {
 
 PARTS = {
     "tests": Part("the kernels against the float64 reference", 1200, (("-m", "pytest", "tests/gpu", "-q", "-x"),)),
-    "attention-quick": Part("attention at the goals' settings", 600, (_benchmark("attention", "--quick", "--missing"),)),
+    "attention-quick": Part(
+        "attention at the goals' settings", 600, (_benchmark("attention", "--quick", "--missing"),)
+    ),
     "training-quick": Part("steps at the paper's settings", 1200, (_benchmark("training", "--quick", "--missing"),)),
     "loss": Part(
         "the quickstart's loss curve with impl=triton, beside the reference's",

@@ -34,7 +34,9 @@ SECTIONS = {
     "gbhalf": {"type": "gbhalf"},
     "longformer": {"type": "longformer"},
     "bigbird": {"type": "bigbird"},
+    "bigbird, random links": {"type": "bigbird", "random_links": "seeded", "block_size": 3},
     "reformer": {"type": "reformer"},
+    "reformer, LSH": {"type": "reformer", "buckets": "lsh", "n_hashes": 2},
     "layers differ": {"type": "reformer", "layers": [1]},
 }
 each_section = pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS.keys())
