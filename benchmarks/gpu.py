@@ -41,7 +41,8 @@ def _benchmark(*args: str) -> tuple[str, ...]:
 
 def _train(folder: str, *overrides: str) -> tuple[str, ...]:
     save = f"trainer.save_folder={folder}"
-    return ("scripts/train.py", "--config", "configs/quickstart.yaml", save, *overrides)
+    fresh = "trainer.load_strategy=never"  # not the run of an earlier commit
+    return ("scripts/train.py", "--config", "configs/quickstart.yaml", save, fresh, *overrides)
 
 
 _BF16, _FP32 = ("train_module.dp_config.param_dtype=bfloat16",), ("train_module.dp_config.param_dtype=null",)
