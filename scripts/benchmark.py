@@ -17,6 +17,8 @@ SUBCOMMANDS = {
     "data": "text to shards, ours against the dolma toolkit and datatrove",
     "data_resume": "data preparation, killed at random moments: are the bytes the same",
     "memory": "the planner's memory model against real allocations of training, layout by layout",
+    "gpu": "everything that takes a GPU, one part after another, resumable",
+    "training": "training steps: standard attention against spattention",
     "tune": "tile configurations of the fused kernels on this GPU",
 }
 
