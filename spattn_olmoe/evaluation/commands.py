@@ -26,10 +26,14 @@ def main(args: argparse.Namespace) -> None:
         logging.getLogger(name).setLevel(level)
     if args.compare:
         _compare(args)
-    elif args.loss:
-        _loss(args, checkpoints, options)
-    else:
-        _suite(args, checkpoints[0], options)
+        return
+    from . import ranks
+
+    with ranks.together():
+        if args.loss:
+            _loss(args, checkpoints, options)
+        else:
+            _suite(args, checkpoints[0], options)
 
 
 def _is_option(word: str) -> bool:
@@ -106,6 +110,8 @@ def _suite(args: argparse.Namespace, checkpoint: str, options: dict[str, Any]) -
 
         lm = SPAttnLM(opened.path, batch_size=args.batch_size, **options)
         results = run.evaluate(lm, suite, manager, from_wheel=offline, limit=args.limit)
+    if results is None:
+        return
     stem = folder / suite.name
     run.write(results, stem.with_name(f"{stem.name}.json"))
     print(report.markdown(results))
@@ -129,7 +135,7 @@ def _compare(args: argparse.Namespace) -> None:
 def _loss(args: argparse.Namespace, folders: list[str], options: dict[str, Any]) -> None:
     import numpy as np
 
-    from . import loss
+    from . import loss, ranks
     from .checkpoint import Checkpoint
     from .report import attention_name
     from .run import versions, writable_folder, write
@@ -154,6 +160,8 @@ def _loss(args: argparse.Namespace, folders: list[str], options: dict[str, Any])
         if runs:
             run["difference_from_first"] = loss.differences(runs[0]["loss"], rows)
         runs.append(run)
+    if ranks.rank() != 0:
+        return
     results = {
         "format": LOSS_FORMAT,
         "data": held_out.directory,

@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 
 from ..data.files import replace_file
 from ..patterns.registry import nearest
-from . import offline
+from . import offline, ranks
 from .model import SPAttnLM
 from .suites import Column, Suite
 
@@ -30,12 +30,12 @@ _BOOTSTRAP = 1000  # resamples for the standard error of metrics that are no mea
 
 def evaluate(
     lm: SPAttnLM, suite: Suite, manager: TaskManager, *, from_wheel: bool, limit: int | None = None
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Evaluate a checkpoint on a suite.
 
     :param manager: what :func:`task_manager` gave for the suite, and ``from_wheel`` as it was told.
     :param limit: the first so many questions of each task (of each subject of MMLU).
-    :returns: what :func:`write` writes: a score for each metric, and every question's own.
+    :returns: what :func:`write` writes: a score for each metric, and every question's own; None on all ranks but the first.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit}: must be at least 1")
@@ -46,10 +46,13 @@ def evaluate(
         done = lm_eval.simple_evaluate(
             lm, tasks=tasks, num_fewshot=shots, limit=limit, task_manager=manager, bootstrap_iters=_BOOTSTRAP
         )
-        assert done is not None  # only other ranks get nothing
+        if done is None:  # lm-eval sums up on the first rank
+            continue
         for column in suite.columns:
             if column.num_fewshot == shots and column.key not in measured:
                 measured[column.key] = _measurement(column, done)
+    if ranks.rank() != 0:
+        return None
     layers = lm.checkpoint.layers
     return {
         "format": FORMAT,
@@ -65,6 +68,7 @@ def evaluate(
         "limit": limit,
         "batch_size": lm.batch_size,
         "device": _device(lm.device),
+        "ranks": ranks.world_size(),
         "versions": versions(),
         "measurements": measured,
     }
