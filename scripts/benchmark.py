@@ -19,6 +19,7 @@ SUBCOMMANDS = {
     "memory": "the planner's memory model against real allocations of training, layout by layout",
     "gpu": "everything that takes a GPU, one part after another, resumable",
     "training": "training steps: standard attention against spattention",
+    "evaluation": "scoring under lm-eval, ours against lm-eval's own model of transformers' OLMoE",
     "tune": "tile configurations of the fused kernels on this GPU",
 }
 
