@@ -25,7 +25,7 @@ def main() -> None:
         from olmo_core.train import teardown_training_environment
 
         from spattn_olmoe.olmo.config import load_experiment, show
-        from spattn_olmoe.olmo.experiment import check, prepare
+        from spattn_olmoe.olmo.experiment import check, checkpoint_to_load, prepare, with_order_of
         from spattn_olmoe.olmo.report import dry_run
 
         if args.show:
@@ -34,7 +34,7 @@ def main() -> None:
         config = load_experiment(args.config, args.overrides)
         if args.dry_run:
             check(config)
-            dry_run(config)
+            dry_run(with_order_of(config, checkpoint_to_load(config)))
             return
         trainer = prepare(config, verify_data=args.verify_data)
     try:

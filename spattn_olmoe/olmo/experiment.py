@@ -21,6 +21,8 @@ from olmo_core.train.train_module import TransformerTrainModuleConfig
 from olmo_core.utils import seed_all
 
 from ..data.manifest import Manifest, verify
+from ..patterns.head_order import NATURAL
+from .attach import AUTO
 from .callbacks import CheckpointFiles, MetricsFile, Progress, Throughput
 from .config import ExperimentConfig
 from .fingerprint import FILE_NAME as FINGERPRINT_FILE
@@ -45,8 +47,7 @@ def prepare(config: ExperimentConfig, *, verify_data: bool = False) -> Trainer:
     prepare_training_environment(
         seed=config.init_seed, backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     )
-    check_resume(config)
-    return build_trainer(config)
+    return build_trainer(check_resume(config))
 
 
 def build_trainer(config: ExperimentConfig) -> Trainer:
@@ -265,23 +266,41 @@ def check_data(config: ExperimentConfig, *, hashes: bool = False) -> None:
         )
 
 
-def check_resume(config: ExperimentConfig) -> None:
-    """Raise unless the checkpoint that this run would load has this config's attention and shape."""
+def check_resume(config: ExperimentConfig) -> ExperimentConfig:
+    """Raise unless the checkpoint that this run would load has this config's attention and shape.
+
+    :returns: the config, with the checkpoint's order of heads where it is left open.
+    """
     error = changed = None
     if get_rank() == 0:
         try:
             found = checkpoint_to_load(config)
             if found is not None:
+                config = with_order_of(config, found)
                 changed = check_checkpoint(
                     found, config.model_with_attention(), allow_attention_change=config.allow_attention_change
                 )
         except OLMoConfigurationError as raised:
             error = str(raised)
-    error, changed = broadcast_object((error, changed))
+    error, changed, attention = broadcast_object((error, changed, config.attention))
     if error is not None:
         raise OLMoConfigurationError(error)
     if changed is not None:
         log.warning("allow_attention_change=true: %s", changed)
+    return config.replace(attention=attention)
+
+
+def with_order_of(config: ExperimentConfig, checkpoint: str | None) -> ExperimentConfig:
+    """A config whose ``attention.head_order: auto`` is what a checkpoint of its attention type has.
+
+    The order is part of the function that a model computes, so a run goes on with it under any layout.
+    """
+    fingerprint = Fingerprint.read(checkpoint) if checkpoint is not None else None
+    if fingerprint is None or config.attention.get("head_order", AUTO) not in (AUTO, None):
+        return config
+    orders = (layer.get("head_order", NATURAL) for layer in fingerprint.layers if layer["name"] == config.plan().type)
+    order = next(orders, AUTO)
+    return config.replace(attention={**config.attention, "head_order": order})
 
 
 def checkpoint_to_load(config: ExperimentConfig) -> str | None:

@@ -42,10 +42,10 @@ class BigBird(Pattern):
         strided = (d > self.window) & (d % self.stride == 0)
         return ((d <= self.window) | (q_idx < self.n_global) | (kv_idx < self.n_global) | strided) & (h >= 0)
 
-    def _count_pairs(self, T: int) -> int:
+    def _count_pairs_per_head(self, T: int) -> tuple[int, ...]:
         if self.seq_len <= PLAIN_CAUSAL_UP_TO:
-            return self.n_heads * causal_pairs(T)
+            return self.n_heads * (causal_pairs(T),)
         i = torch.arange(T)
         farthest = torch.clamp(i - self.n_global, min=0) // self.stride  # strided distances that reach no global key
         strided = torch.clamp(farthest - self.window // self.stride, min=0)
-        return self.n_heads * int((window_and_global_pairs(T, self.window, self.n_global) + strided).sum())
+        return self.n_heads * (int((window_and_global_pairs(T, self.window, self.n_global) + strided).sum()),)

@@ -45,10 +45,10 @@ class Reformer(Pattern):
             near = near | (apart == nb - 1)
         return near | (q_idx - kv_idx <= self.local)
 
-    def _count_pairs(self, T: int) -> int:
+    def _count_pairs_per_head(self, T: int) -> tuple[int, ...]:
         if self.seq_len <= PLAIN_CAUSAL_UP_TO:
-            return self.n_heads * causal_pairs(T)
+            return self.n_heads * (causal_pairs(T),)
         d = torch.arange(T)
         step = (3 * d) % self.n_buckets
         near = (step <= 1) | (step == self.n_buckets - 1) | (d <= self.local)
-        return self.n_heads * int((near * (T - d)).sum())
+        return self.n_heads * (int((near * (T - d)).sum()),)

@@ -36,7 +36,8 @@ def refused(checkpoint, here, *said, allow=False):
 def test_a_fingerprint_names_every_layers_pattern_and_the_shape():
     fingerprint = Fingerprint.of(model(layers=[1], local_sharing=True))
     assert [layer["name"] for layer in fingerprint.layers] == ["standard", "spattention"]
-    expected = {"name": "spattention", "n_heads": HEADS, "seq_len": T, "band_length": "train", "local_sharing": True}
+    options = {"band_length": "train", "head_order": "natural", "local_sharing": True}
+    expected = {"name": "spattention", "n_heads": HEADS, "seq_len": T, **options}
     assert fingerprint.layers[1] == expected
     assert fingerprint.shape == {"d_model": 32, "n_layers": 2, "vocab_size": 64}
 
