@@ -42,7 +42,7 @@ def test_a_reordered_pattern_is_the_natural_one_with_its_heads_in_that_order(cas
         assert interval_table(pattern.at_length(T)) == tuple(table[h] for h in order)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(reordered(), st.data())
 def test_every_implementation_follows_the_order(case, data):
     """Of a slice of the heads, as a rank holds them: outputs are the natural order's, permuted."""
