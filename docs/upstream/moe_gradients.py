@@ -38,7 +38,9 @@ def gradients(layout):
     ids = torch.randint(0, 64, (2, 32), generator=torch.Generator().manual_seed(1))
     if "tp_config" not in layout:
         ids = ids[dist.get_rank()][None]  # a sequence for each rank; with tensor parallelism both have both
-    model(ids, labels=ids.roll(-1, 1), loss_reduction="sum", loss_div_factor=64, return_logits=False).loss.backward()
+    model(
+        ids, labels=ids.roll(-1, 1), loss_reduction="sum", loss_div_factor=ids.numel(), return_logits=False
+    ).loss.backward()
     moe = model.blocks["1"].feed_forward_moe
     return moe.experts.mlp.w1.grad.full_tensor(), moe.router.weight.grad
 

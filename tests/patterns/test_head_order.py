@@ -69,6 +69,16 @@ def test_flex_attention_builds_the_blocks_of_reordered_heads():
     assert torch.equal(blocks.to_dense()[0].bool(), held)
 
 
+def test_the_fused_kernels_are_handed_the_intervals_of_reordered_heads():
+    """All that they learn of a pattern: ``lo, hi, lo, hi`` of each local head."""
+    pytest.importorskip("triton")
+    from spattn_olmoe.kernels.banded import local_intervals
+
+    natural = build("spattention+sharing", 6, 60).intervals
+    found = local_intervals(build("spattention+sharing", 6, 60, head_order=[5, 3, 1, 0, 2, 4]), 1, 4)
+    assert found == natural[[3, 1, 0, 2]].flatten().tolist()
+
+
 # ---- the balanced order ----------------------------------------------------------------------------------------------
 
 
