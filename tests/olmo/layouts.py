@@ -130,8 +130,9 @@ class Resumed:
     ALL = "1 rank, then 2 (fsdp), 4 (hsdp+tp 2x2) and 1"
     BRANCHES = ("fsdp", "ddp", "hsdp+ep", "fsdp+tp", "fsdp+ulysses")
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, branches: tuple[str, ...] = BRANCHES):
         self.folder = folder
+        self.branches = branches
 
     def runs(self, n_ranks: int) -> dict[str, dict[str, Any]]:
         """What is trained on 1, then 2, then 4 ranks."""
@@ -144,7 +145,7 @@ class Resumed:
                 "overrides": [*self.COMMON, *LAYOUTS[2][name], f"trainer.load_path={self.folder}/all/step2"],
                 "save_folder": str(self.folder / name),
             }
-            for name in self.BRANCHES
+            for name in self.branches
         }
         return {**branches, **self._all(4)}
 
@@ -162,7 +163,7 @@ class Resumed:
     def differences(self, curves: dict[int, dict[str, Curve]], last: dict[str, Curve]) -> dict[str, list[float]]:
         """By run, how far it is from the unbroken one."""
         unbroken = curves[1]["unbroken"]
-        branches = (self.branch(name) for name in self.BRANCHES)
+        branches = (self.branch(name) for name in self.branches)
         return {
             self.ALL: difference(unbroken, last[self.ALL]),
             **{name: difference(unbroken[2:], curves[2][name]) for name in branches},
