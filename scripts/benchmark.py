@@ -16,6 +16,7 @@ SUBCOMMANDS = {
     "attention": "ours against other kernels, under every distance mask",
     "data": "text to shards, ours against the dolma toolkit and datatrove",
     "data_resume": "data preparation, killed at random moments: are the bytes the same",
+    "memory": "the planner's memory model against real allocations of training, layout by layout",
     "parallel": "every parallel layout against one rank: are losses and gradients the same",
     "tune": "tile configurations of the fused kernels on this GPU",
 }
