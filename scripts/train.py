@@ -7,7 +7,10 @@ torchrun scripts/train.py --config configs/1b7b_spattn.yaml --dry-run
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+
+from rich.console import Console
 
 from spattn_olmoe.cli import user_errors
 
@@ -16,6 +19,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML file, see configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its cost; start nothing")
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="of a dry run: check the layout and estimate memory for so many"
+    )
     parser.add_argument("--show", metavar="key", help="print one value of the resolved config; start nothing")
     parser.add_argument(
         "--verify-data", action="store_true", help="compare the data's hashes with the manifest's first"
@@ -24,9 +30,10 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     with user_errors():
         from spattn_olmoe.olmo.config import load_experiment, show
-        from spattn_olmoe.olmo.experiment import check, prepare
+        from spattn_olmoe.olmo.experiment import check, check_layout, checkpoint_to_load, prepare, with_order_of
         from spattn_olmoe.olmo.report import dry_run
         from spattn_olmoe.olmo.resilience import fit
+        from spattn_olmoe.planning.report import memory_table
 
         if args.show:
             print(show(args.config, args.overrides, args.show))
@@ -34,7 +41,11 @@ def main() -> None:
         config = load_experiment(args.config, args.overrides)
         if args.dry_run:
             check(config)
-            dry_run(config)
+            if args.gpus is not None:
+                check_layout(config, args.gpus)
+            console = Console()
+            dry_run(with_order_of(config, checkpoint_to_load(config)), console)
+            console.print(memory_table(config, args.gpus or int(os.environ.get("WORLD_SIZE", "1"))))
             return
         trainer = prepare(config, verify_data=args.verify_data)
     sys.exit(fit(trainer))  # what fails from here on is no slip of the user's: it keeps its traceback

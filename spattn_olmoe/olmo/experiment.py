@@ -6,17 +6,19 @@ import glob
 import json
 import logging
 import os
+from fnmatch import fnmatch
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from olmo_core.data import NumpyDatasetConfig
 from olmo_core.distributed.parallel import DataParallelType
 from olmo_core.distributed.utils import broadcast_object, get_rank
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.io import is_url, normalize_path
-from olmo_core.nn.transformer import TransformerBlockConfig
+from olmo_core.nn.transformer import TransformerActivationCheckpointingMode, TransformerBlockConfig
 from olmo_core.train import LoadStrategy, Trainer, prepare_training_environment
 from olmo_core.train.callbacks import ConfigSaverCallback, ConsoleLoggerCallback, SpeedMonitorCallback
 from olmo_core.train.train_module import TransformerTrainModuleConfig
@@ -25,9 +27,12 @@ from olmo_core.utils import seed_all
 from ..data.errors import DataError
 from ..data.manifest import Manifest, verify, verify_shard
 from ..data.writer import Shard
+from ..patterns.head_order import NATURAL
+from .attach import AUTO, layer_patterns
 from .callbacks import CheckpointFiles, MetricsFile, Progress, Throughput
 from .checkpoints import Checksums, find_checkpoint
 from .config import ExperimentConfig
+from .evaluators import check_evaluators, check_not_empty, held_out_datasets, label_all_files
 from .fingerprint import FILE_NAME as FINGERPRINT_FILE
 from .fingerprint import Fingerprint, check_checkpoint
 from .generation import TOKENIZER_FILE
@@ -55,8 +60,7 @@ def prepare(config: ExperimentConfig, *, verify_data: bool = False) -> Trainer:
         seed=config.init_seed, backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     )
     checkpoint = checkpoint_to_load(config)
-    if checkpoint is not None:
-        check_resume(config, checkpoint)
+    config = check_resume(config, checkpoint)
     verify_shards(config, checkpoint, everything=verify_data)
     trainer = build_trainer(config)
     if checkpoint is not None:
@@ -89,7 +93,11 @@ def build_trainer(config: ExperimentConfig) -> Trainer:
     trainer_config.callbacks["checkpoint_files"] = CheckpointFiles(files)
     trainer_config.callbacks["checksums"] = Checksums()
     trainer_config.callbacks["shield_data_workers"] = ShieldDataWorkers()
+    label_all_files(
+        trainer_config, {key: data_files(held_out, key) for key, held_out in held_out_datasets(trainer_config)}
+    )
     trainer = trainer_config.build(train_module, data_loader)
+    check_not_empty(trainer)
     survive_evaluations(trainer)
     saver = next(c for c in trainer.callbacks.values() if isinstance(c, ConfigSaverCallback))
     saver.config = config.replace(model=model_config).as_config_dict()
@@ -108,7 +116,7 @@ def _has(callbacks: Any, kind: type) -> bool:
 
 def check(config: ExperimentConfig) -> None:
     """Raise an OLMoConfigurationError for what can be seen from the config alone, on any machine."""
-    config.model_with_attention()
+    model = config.model_with_attention()
     T, module = config.sequence_length, config.train_module
     if module.max_sequence_length < T:
         raise OLMoConfigurationError(
@@ -136,13 +144,19 @@ def check(config: ExperimentConfig) -> None:
             f"dataset.tokenizer.vocab_size={vocabulary} is more than model.vocab_size={config.model.vocab_size}: "
             f"set model.vocab_size to at least {config.dataset.tokenizer.padded_vocab_size()}"
         )
+    check_evaluators(config.trainer, module, list(layer_patterns(model)))
 
 
 def check_layout(config: ExperimentConfig, world_size: int) -> None:
     """Raise unless the parallel layout fits a number of ranks."""
     module, T = config.train_module, config.sequence_length
+    if module.pp_config is not None:
+        raise OLMoConfigurationError(
+            "train_module.pp_config: OLMo-core 3.0.0's pipelines train no model with this train module (its stages reject the "
+            "loss that it hands them): leave it unset and use fsdp or hsdp, with tp_config or cp_config"
+        )
     degree = 1
-    for name in ("tp_config", "cp_config", "pp_config"):
+    for name in ("tp_config", "cp_config"):
         part = getattr(module, name)
         if part is None:
             continue
@@ -152,7 +166,7 @@ def check_layout(config: ExperimentConfig, world_size: int) -> None:
                 f"start a multiple of {degree * part.degree} ranks or lower the degree"
             )
         degree *= part.degree
-    parallel = any(x is not None for x in (module.tp_config, module.cp_config, module.pp_config, module.ep_config))
+    parallel = any(x is not None for x in (module.tp_config, module.cp_config, module.ep_config))
     if world_size > 1 and module.dp_config is None:
         raise OLMoConfigurationError(
             f"train_module.dp_config is not set but {world_size} ranks were started: each would train a model of its own; "
@@ -170,6 +184,7 @@ def check_layout(config: ExperimentConfig, world_size: int) -> None:
     ranks = world_size // degree
     _check_shards(config)
     _check_data_parallel(module, ranks)
+    _check_recomputation(config)
     if config.data_loader.global_batch_size % (ranks * T):
         raise OLMoConfigurationError(
             f"data_loader.global_batch_size={config.data_loader.global_batch_size} (tokens) must be a multiple of "
@@ -240,28 +255,60 @@ def _check_data_parallel(module: TransformerTrainModuleConfig, ranks: int) -> No
         )
 
 
-def data_files(config: ExperimentConfig) -> list[str]:
-    """The data files of a run, patterns expanded.
+def _check_recomputation(config: ExperimentConfig) -> None:
+    """Raise unless activation checkpointing leaves a mixture of experts and context parallelism intact."""
+    module, Mode = config.train_module, TransformerActivationCheckpointingMode
+    ac = module.ac_config
+    if ac is None:
+        return
+    instead = "use mode=selected_modules with modules=[blocks.*.feed_forward_moe.experts,blocks.*.attention]"
+    if ac.mode == Mode.budget and not module.compile_model:
+        raise OLMoConfigurationError(
+            f"train_module.ac_config.mode=budget does nothing without train_module.compile_model=true: set it, or {instead}"
+        )
+    if ac.mode in (Mode.full, Mode.selected_blocks, Mode.selected_ops):
+        raise OLMoConfigurationError(
+            f"train_module.ac_config.mode={ac.mode} runs the router again in the backward pass, which counts its losses "
+            f"twice in OLMo-core 3.0.0: {instead}"
+        )
+    for layer in range(config.model.n_layers):
+        for part in ("", ".feed_forward_moe", ".feed_forward_moe.router"):
+            if any(fnmatch(f"blocks.{layer}{part}", pattern) for pattern in ac.modules or ()):
+                raise OLMoConfigurationError(
+                    f"train_module.ac_config.modules={ac.modules} matches blocks.{layer}{part} and with it the router, whose "
+                    "losses would be counted twice: name the experts and the attention, "
+                    "modules=[blocks.*.feed_forward_moe.experts,blocks.*.attention]"
+                )
+        if module.cp_config is not None and any(fnmatch(f"blocks.{layer}.attention", p) for p in ac.modules or ()):
+            raise OLMoConfigurationError(
+                f"train_module.ac_config.modules={ac.modules} matches blocks.{layer}.attention, which OLMo-core 3.0.0 cannot "
+                "recompute under cp_config: leave it out"
+            )
 
+
+def data_files(dataset: NumpyDatasetConfig, key: str = "dataset") -> list[str]:
+    """The files of a dataset, patterns expanded.
+
+    :param key: where the dataset stands in the config.
     :raises OLMoConfigurationError: there are none.
     """
-    paths = config.dataset.paths
-    if not paths:
-        if config.dataset.mix is not None or getattr(config.dataset, "source_mixture_config", None) is not None:
+    if not dataset.paths:
+        if dataset.mix is not None or getattr(dataset, "source_mixture_config", None) is not None:
             return []
         raise OLMoConfigurationError(
-            "dataset.paths is not set: name the token shards, such as dataset.paths=[data/dclm/train-*.bin]; "
+            f"{key}.paths is not set: name the token shards, such as {key}.paths=[data/dclm/train-*.bin]; "
             "scripts/prepare_data.py makes them"
         )
     files: list[str] = []
-    for path in paths:
+    for path in dataset.paths:
         if is_url(path):
             files.append(path)
             continue
-        found = sorted(glob.glob(path)) if config.dataset.expand_glob else [path] if Path(path).is_file() else []
+        found = sorted(glob.glob(path)) if dataset.expand_glob else [path] if Path(path).is_file() else []
         if not found:
+            without = "" if key == "dataset" else f"; or set {key.rpartition('.')[0]}.enabled=false"
             raise OLMoConfigurationError(
-                f"dataset.paths: {path} does not exist; scripts/prepare_data.py makes token shards"
+                f"{key}.paths: {path} does not exist; scripts/prepare_data.py makes token shards{without}"
             )
         files += found
     return files
@@ -269,37 +316,45 @@ def data_files(config: ExperimentConfig) -> list[str]:
 
 def tokenizer_file(config: ExperimentConfig) -> dict[str, str]:
     """The tokenizer that the data's manifest names, by the name under which checkpoints carry it; empty without one."""
-    folders = data_folders(config)
+    folders = _folders(data_files(config.dataset))
     if not folders:
         return {}
     return {TOKENIZER_FILE: Manifest.load(folders[0]).tokenizer_path.read_text(encoding="utf-8")}
 
 
-def data_folders(config: ExperimentConfig) -> list[Path]:
-    """The local folders that hold a run's data files, each with its manifest."""
-    return sorted({Path(file).parent for file in data_files(config) if not is_url(file)})
+def _folders(files: list[str]) -> list[Path]:
+    """The local folders that hold data files, each with its manifest."""
+    return sorted({Path(file).parent for file in files if not is_url(file)})
 
 
 def check_data(config: ExperimentConfig) -> None:
-    """Raise unless the data are there and are what the config says, as far as sizes and a few ids can tell."""
-    for folder in data_folders(config):
-        verify(
-            folder,
-            vocab_size=config.dataset.tokenizer.vocab_size,
-            eos_token_id=config.dataset.tokenizer.eos_token_id,
-            dtype=np.dtype(config.dataset.get_dtype()).name,
-            sequence_length=config.sequence_length,
-        )
+    """Raise unless the data, held-out data too, are there and are what the config says, as far as sizes and a few ids tell."""
+    T = config.sequence_length
+    verified: set[Path] = set()
+    for key, dataset, length in [
+        ("dataset", config.dataset, T),
+        *((key, dataset, None) for key, dataset in held_out_datasets(config.trainer)),
+    ]:
+        for folder in _folders(data_files(dataset, key)):
+            if folder in verified and dataset.tokenizer == config.dataset.tokenizer:
+                continue
+            verify(
+                folder,
+                vocab_size=dataset.tokenizer.vocab_size,
+                eos_token_id=dataset.tokenizer.eos_token_id,
+                dtype=np.dtype(dataset.get_dtype()).name,
+                sequence_length=length,
+            )
+            verified.add(folder)
 
 
 def shard_hashes(config: ExperimentConfig) -> list[list[str]]:
     """Name and SHA-256 of a run's data files, in order, as their manifests say; every checkpoint carries them."""
+    files = data_files(config.dataset)
     known = {
-        str(folder / shard.path): shard.sha256
-        for folder in data_folders(config)
-        for shard in Manifest.load(folder).shards
+        str(folder / shard.path): shard.sha256 for folder in _folders(files) for shard in Manifest.load(folder).shards
     }
-    paths = [Path(file) for file in data_files(config) if not is_url(file)]
+    paths = [Path(file) for file in files if not is_url(file)]
     return [[path.name, known.get(str(path), "unknown to the manifest")] for path in paths]
 
 
@@ -312,7 +367,9 @@ def verify_shards(config: ExperimentConfig, checkpoint: str | None, *, everythin
     """
     since = Path(checkpoint, FINGERPRINT_FILE) if checkpoint is not None and not is_url(checkpoint) else None
     saved = since.stat().st_ctime if since is not None and since.exists() else None
-    manifests = [Manifest.load(folder) for folder in data_folders(config)]
+    datasets = {"dataset": config.dataset, **dict(held_out_datasets(config.trainer))}
+    files = [file for key, dataset in datasets.items() for file in data_files(dataset, key)]
+    manifests = [Manifest.load(folder) for folder in _folders(files)]
     shards = [
         (manifest, shard)
         for manifest in manifests
@@ -351,11 +408,15 @@ def checkpoint_to_load(config: ExperimentConfig) -> str | None:
     return None
 
 
-def check_resume(config: ExperimentConfig, checkpoint: str) -> None:
-    """Raise unless a checkpoint has this config's attention, shape and data. All ranks call it together."""
+def check_resume(config: ExperimentConfig, checkpoint: str | None) -> ExperimentConfig:
+    """Raise unless a checkpoint has this config's attention, shape and data. All ranks call it together.
+
+    :returns: the config, with the checkpoint's order of heads where it is left open.
+    """
     error = changed = None
-    if get_rank() == 0:
+    if checkpoint is not None and get_rank() == 0:
         try:
+            config = with_order_of(config, checkpoint)
             changed = check_checkpoint(
                 checkpoint, config.model_with_attention(), allow_attention_change=config.allow_attention_change
             )
@@ -363,11 +424,25 @@ def check_resume(config: ExperimentConfig, checkpoint: str) -> None:
                 check_same_data(config, checkpoint)
         except OLMoConfigurationError as raised:
             error = str(raised)
-    error, changed = broadcast_object((error, changed))
+    error, changed, attention = broadcast_object((error, changed, config.attention))
     if error is not None:
         raise OLMoConfigurationError(error)
     if changed is not None:
         log.warning("allow_attention_change=true: %s", changed)
+    return config.replace(attention=attention)
+
+
+def with_order_of(config: ExperimentConfig, checkpoint: str | None) -> ExperimentConfig:
+    """A config whose ``attention.head_order: auto`` is what a checkpoint of its attention type has.
+
+    The order is part of the function that a model computes, so a run goes on with it under any layout.
+    """
+    fingerprint = Fingerprint.read(checkpoint) if checkpoint is not None else None
+    if fingerprint is None or config.attention.get("head_order", AUTO) not in (AUTO, None):
+        return config
+    orders = (layer.get("head_order", NATURAL) for layer in fingerprint.layers if layer["name"] == config.plan().type)
+    order = next(orders, AUTO)
+    return config.replace(attention={**config.attention, "head_order": order})
 
 
 def check_same_data(config: ExperimentConfig, checkpoint: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 
 import yaml
 from olmo_core.train.common import DurationUnit
@@ -11,35 +12,33 @@ from rich.console import Console
 from rich.table import Table
 
 from ..patterns import Pattern, causal_pairs
+from ..patterns.head_order import imbalance
 from .attach import layer_patterns
 from .config import ExperimentConfig
 from .flops import flops_per_token
 
-_BYTES_PER_PARAMETER = 4 + 4 + 8  # weight, gradient, and two moments of Adam, all float32
-_GIB = 2**30
-
 
 def dry_run(config: ExperimentConfig, console: Console | None = None) -> None:
-    """Print the resolved config and what it costs. Builds the model on the meta device only."""
+    """Print the resolved config and what it computes. Builds the model on the meta device only."""
     console = console or Console()
     plain = json.loads(json.dumps(config.as_config_dict()))  # enums become the text they stand for
     console.print(yaml.safe_dump(plain, sort_keys=False), markup=False, highlight=False, soft_wrap=True)
     model = config.model_with_attention()
     patterns = list(layer_patterns(model))
     console.print(run_table(config))
-    console.print(attention_table(patterns, config.sequence_length, config.plan().ignored))
+    console.print(
+        attention_table(patterns, config.sequence_length, config.plan().ignored, ranks=config.ranks_per_layer)
+    )
 
 
 def run_table(config: ExperimentConfig) -> Table:
-    """Parameters, FLOPs, tokens and memory of a run."""
+    """Parameters, FLOPs and tokens of a run."""
     model = config.model_with_attention()
     T = config.sequence_length
     flops = flops_per_token(model.build(init_device="meta"), T)
-    state = model.num_params * _BYTES_PER_PARAMETER / _GIB
-    logits = config.train_module.rank_microbatch_size * model.vocab_size * 4 / _GIB
     table = Table("", "", title=config.name, show_header=False, min_width=100)
-    table.add_row("parameters", f"{model.num_params:,} ({_short(model.num_params)})")
-    table.add_row("active parameters", f"{model.num_active_params:,} ({_short(model.num_active_params)})")
+    table.add_row("parameters", f"{model.num_params:,} ({short(model.num_params)})")
+    table.add_row("active parameters", f"{model.num_active_params:,} ({short(model.num_active_params)})")
     table.add_row("FLOPs per token", f"{flops.total:,} (as if attention were dense: {flops.dense:,})")
     table.add_row(
         "attention's share of them",
@@ -47,28 +46,32 @@ def run_table(config: ExperimentConfig) -> Table:
         f"{(flops.dense - flops.total + flops.attention) / flops.dense:.1%})",
     )
     table.add_row("tokens", tokens(config))
-    table.add_row("weights, gradients, Adam", f"{state:,.2f} GiB in all in float32; with fsdp shared by the ranks")
-    table.add_row(
-        "logits of a microbatch", f"{logits:,.2f} GiB in float32 on every rank; other activations not estimated"
-    )
     table.add_row("save folder", config.trainer.save_folder)
     return table
 
 
-def attention_table(patterns: list[Pattern], T: int, ignored: tuple[str, ...]) -> Table:
-    """Each attention pattern of a model: options, attended pairs and dead rows for inputs of ``T`` tokens."""
+def attention_table(patterns: list[Pattern], T: int, ignored: tuple[str, ...], *, ranks: int = 1) -> Table:
+    """Each attention pattern of a model: options, attended pairs and dead rows for inputs of ``T`` tokens.
+
+    :param ranks: how many ranks share the heads of a layer.
+    """
     kinds = Counter(patterns)
     table = Table("attention", *(pattern.name for pattern in kinds), min_width=100)
     dense = {pattern: pattern.n_heads * causal_pairs(T) for pattern in kinds}
-    rows = {
+    rows: dict[str, Callable[[Pattern], str]] = {
         "layers": lambda p: str(kinds[p]),
         "options": lambda p: ", ".join(f"{key}={value}" for key, value in p.options.items()),
         "band length N": lambda p: f"{p.seq_len:,}",
         f"attended pairs at T={T:,}": lambda p: (
             f"{p.attended_pairs(T):,} of {dense[p]:,} ({p.attended_pairs(T) / dense[p]:.2%})"
+            + (" expected of random content, at most all: FLOPs are computed from it" if p.follows_content else "")
         ),
         "dead rows": lambda p: f"{p.dead_rows(T):,} of {p.n_heads * T:,} ({p.dead_rows(T) / (p.n_heads * T):.2%})",
     }
+    if ranks > 1:
+        rows[f"busiest of {ranks} ranks"] = lambda p: (
+            f"{imbalance(p.attended_pairs_per_head(T), ranks):.3f} times the mean of their pairs"
+        )
     for name, value in rows.items():
         table.add_row(name, *(value(pattern) for pattern in kinds))
     table.caption = (
@@ -82,13 +85,14 @@ def tokens(config: ExperimentConfig) -> str:
     """The length of a run in words."""
     duration, batch = config.trainer.max_duration, config.data_loader.global_batch_size
     if duration.unit == DurationUnit.steps:
-        return f"{duration.value:,} steps x {batch:,} = {_short(duration.value * batch)}"
+        return f"{duration.value:,} steps x {batch:,} = {short(duration.value * batch)}"
     if duration.unit == DurationUnit.tokens:
-        return f"{_short(duration.value)} in steps of {batch:,}"
+        return f"{short(duration.value)} in steps of {batch:,}"
     return f"{duration.value} epochs in steps of {batch:,}"
 
 
-def _short(n: int) -> str:
+def short(n: int) -> str:
+    """A count in words: 6.92 B."""
     for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if n >= factor:
             return f"{n / factor:.2f} {unit}"

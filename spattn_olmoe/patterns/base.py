@@ -11,10 +11,12 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .head_order import NATURAL, checked_order
 
 UNBOUNDED = 2**30
 """Upper end of an interval without one. Far above any length, and safe to add to a position in int32."""
@@ -29,6 +31,18 @@ Interval = tuple[int, int]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+class BoundMask(NamedTuple):
+    """A pattern's mask for one call of attention, see :meth:`Pattern.bind`.
+
+    :param mask_mod: ``mask_mod(b, h, q_idx, kv_idx)`` as FlexAttention takes it; ``h`` counts the heads of the call.
+    :param blocks: the square blocks of a given side that may hold a pair, bool ``(B, H, rows, columns)``: never too
+        few. None where ``mask_mod`` alone can tell.
+    """
+
+    mask_mod: MaskMod
+    blocks: Callable[[int], Tensor] | None = None
+
+
 @dataclass(frozen=True)
 class Pattern(ABC):
     """One attention type at one number of heads and one band length.
@@ -41,34 +55,89 @@ class Pattern(ABC):
     :param seq_len: band length ``N``: the length that bands partition and that window sizes derive from.
     :param band_length: ``"train"``: ``N`` stays what it was in training, whatever the input's length.
         ``"input"``: ``N`` is the input's length, as the paper's released code does it in evaluation.
+    :param head_order: a permutation: head ``h`` attends what head ``head_order[h]`` attends in the ``"natural"`` order.
+        :func:`build_pattern` also takes ``"balanced"``, and makes a permutation of it.
     """
 
     n_heads: int
     seq_len: int
     band_length: str = "train"
+    head_order: str | tuple[int, ...] = NATURAL
 
     name: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        for key in ("n_heads", "seq_len"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"attention.{key}={value!r}: must be a whole number of at least 1")
+        self._check_whole("n_heads", "seq_len", at_least=1)
         if self.band_length not in ("train", "input"):
             raise ValueError(f"attention.band_length={self.band_length!r}: must be 'train' or 'input'")
+        if self.head_order != NATURAL:
+            order = checked_order(self.head_order, self.n_heads)
+            in_order = order == tuple(range(self.n_heads))  # equal patterns compare equal
+            object.__setattr__(self, "head_order", NATURAL if in_order else order)
+
+    def _check_whole(self, *options: str, at_least: int, at_most: int = 2**31 - 1) -> None:
+        """Raise a ValueError unless these options are whole numbers in a range."""
+        for key in options:
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= at_most:
+                most = f" and at most {at_most}" if isinstance(value, int) and value > at_most else ""
+                raise ValueError(f"attention.{key}={value!r}: must be a whole number of at least {at_least}{most}")
+
+    def _check_read(self, option: str, wanted: str, others: tuple[str, ...]) -> None:
+        """Raise a ValueError where one of ``others`` is set and not read, because ``option`` is not ``wanted``."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in others and value != field.default and getattr(self, option) != wanted:
+                raise ValueError(
+                    f"attention.{field.name}={value!r} is read only with attention.{option}={wanted}: "
+                    "set that, or leave it out"
+                )
 
     # ---- what a subclass states ------------------------------------------------------------------------------
 
     @abstractmethod
     def allows(self, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        """Whether query ``q_idx`` may attend key ``kv_idx`` in global head ``h``, causality aside (it is added).
+        """Whether query ``q_idx`` may attend key ``kv_idx`` in head ``h``, causality and order aside (they are added).
 
         Integer tensors that broadcast, in; a bool tensor out. Must be traceable: no branches on tensor values.
         """
 
     def head_intervals(self, h: int) -> list[Interval] | None:
-        """The distances that head ``h`` attends as half-open intervals, or None where they are not at most two."""
+        """The distances that head ``h`` attends as half-open intervals, or None where they are not at most two.
+
+        In the natural order, as :meth:`allows`.
+        """
         return None
+
+    @property
+    def follows_content(self) -> bool:
+        """Whether the mask depends on queries and keys as well: then only :meth:`bind` tells it, anew for every call."""
+        return False
+
+    def bind(
+        self,
+        q_BTHD: Tensor,
+        k_BSGD: Tensor,
+        *,
+        head_offset: int = 0,
+        q_start: Tensor | int = 0,
+        k_start: Tensor | int = 0,
+        first: Tensor | int = 0,
+    ) -> BoundMask:
+        """The mask of one call of attention. Every implementation gets its mask here.
+
+        :param q_BTHD: the queries; ``k_BSGD``: the keys. Read by patterns that follow the content, and by no other.
+        :param head_offset: the global index of the first of the ``H`` heads.
+        :param q_start: position of the first query, an int or ``(B,)``; ``k_start``: of the first key. Positions are
+            what ``mask_mod`` is asked about.
+        :param first: the lowest position that a query may attend, where documents say so: an int or ``(B, T)``. The
+            caller applies it; a pattern reads it that has to know whether a query has another key.
+        """
+
+        def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return self.mask_mod(b, h + head_offset, q_idx, kv_idx)
+
+        return BoundMask(mask_mod)
 
     # ---- what follows from it --------------------------------------------------------------------------------
 
@@ -81,7 +150,8 @@ class Pattern(ABC):
         """Keyword arguments with which ``build_pattern`` makes an equal pattern, in a new process as well."""
         module = type(self).__module__
         name = self.name if module.startswith(f"{__package__}.") else f"{module}.{self.name}"
-        return {"name": name, "n_heads": self.n_heads, "seq_len": self.seq_len, **self.options}
+        config = {"name": name, "n_heads": self.n_heads, "seq_len": self.seq_len, **self.options}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
     def at_length(self, T: int) -> Pattern:
         """The pattern that applies to ``T`` tokens: itself, or rebuilt for ``T`` with ``band_length="input"``."""
@@ -94,12 +164,28 @@ class Pattern(ABC):
         """``mask_mod(b, h, q_idx, kv_idx)`` in FlexAttention's convention; ``h`` is the global query head.
 
         A function and no method: FlexAttention counts arguments to tell masks from scores, ``self`` included.
+
+        :raises ValueError: the pattern follows the content: there is no mask without queries and keys.
         """
+        if self.follows_content:
+            raise ValueError(f"{self}: what is attended depends on queries and keys, use bind(q, k)")
 
         def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return (q_idx >= kv_idx) & self.allows(h, q_idx, kv_idx)
+            return (q_idx >= kv_idx) & self.allows(self._in_natural_order(h), q_idx, kv_idx)
 
         return mask_mod
+
+    def _in_natural_order(self, h: Tensor) -> Tensor:
+        """``head_order[h]`` for a tensor of heads; comparisons only, which FlexAttention traces on any device."""
+        out = h
+        for head, natural in enumerate(self._order):
+            if head != natural:
+                out = torch.where(h == head, natural, out)
+        return out
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        return self.head_order if isinstance(self.head_order, tuple) else tuple(range(self.n_heads))
 
     def dense_mask(self, T: int | None = None, device: torch.device | str = "cpu") -> Tensor:
         """The whole mask, bool ``(H, T, T)``: ``[h, i, j]`` is True where query ``i`` attends key ``j``."""
@@ -126,10 +212,16 @@ class Pattern(ABC):
     def attended_pairs(self, T: int | None = None) -> int:
         """Exact number of (query, key) pairs over all heads for an input of ``T`` tokens (default ``N``).
 
-        O(H) for interval patterns. FLOPs and sparsity are computed from it.
+        O(H) for interval patterns. FLOPs and sparsity are computed from it. Where the pattern follows the content it
+        is an expected number, rounded; what is expected of the content is said by the pattern.
         """
+        return sum(self.attended_pairs_per_head(T))
+
+    def attended_pairs_per_head(self, T: int | None = None) -> tuple[int, ...]:
+        """:meth:`attended_pairs` of each head, in head order: the load that ranks share under tensor parallelism."""
         T = self.seq_len if T is None else T
-        return _attended_pairs(self.at_length(T), T)
+        pairs = _natural_pairs_per_head(replace(self.at_length(T), head_order=NATURAL), T)
+        return tuple(pairs[h] for h in self._order)
 
     def dead_rows(self, T: int | None = None) -> int:
         """Number of (head, query) rows that have no key at all, of ``H * T``. Their output is zero."""
@@ -144,9 +236,10 @@ class Pattern(ABC):
         nearest = (min((lo for lo, hi in head if hi > lo), default=T) for head in table)
         return sum(min(lo, T) for lo in nearest)
 
-    def _count_pairs(self, T: int) -> int:
-        """Pairs at length ``T`` where there are no intervals: counted row by row unless a subclass has a formula."""
-        return sum(int(rows.sum()) for rows in self._chunks_of_rows(T))
+    def _count_pairs_per_head(self, T: int) -> tuple[int, ...]:
+        """Pairs of each head where there are no intervals: counted row by row unless a subclass has a formula."""
+        counts = [rows.sum((1, 2)).tolist() for rows in self._chunks_of_rows(T)]
+        return tuple(sum(heads) for heads in zip(*counts, strict=True))
 
     def _chunks_of_rows(self, T: int) -> Iterator[Tensor]:
         """The dense mask a few rows at a time, so that counting needs little memory at any length."""
@@ -156,11 +249,11 @@ class Pattern(ABC):
 
 
 @functools.lru_cache(maxsize=512)  # asked for at every layer of every step, to count FLOPs
-def _attended_pairs(pattern: Pattern, T: int) -> int:
+def _natural_pairs_per_head(pattern: Pattern, T: int) -> tuple[int, ...]:
     table = interval_table(pattern)
     if table is None:
-        return pattern._count_pairs(T)
-    return sum(_pairs_in(lo, hi, T) for head in table for lo, hi in head)
+        return pattern._count_pairs_per_head(T)
+    return tuple(sum(_pairs_in(lo, hi, T) for lo, hi in head) for head in table)
 
 
 def causal_pairs(T: int) -> int:
@@ -178,7 +271,7 @@ def _pairs_in(lo: int, hi: int, T: int) -> int:
 def interval_table(pattern: Pattern) -> tuple[tuple[Interval, Interval], ...] | None:
     """:attr:`Pattern.intervals` as Python ints, cached: per head two disjoint ascending intervals, or None."""
     rows = []
-    for h in range(pattern.n_heads):
+    for h in pattern._order:
         intervals = pattern.head_intervals(h)
         if intervals is None:
             return None

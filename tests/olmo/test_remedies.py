@@ -18,6 +18,7 @@ from spattn_olmoe.olmo.remedies import (
     cpu_moe,
     expert_gradients,
     grouped_gemm,
+    held_out_loss,
     release,
     router_gradients,
 )
@@ -25,7 +26,15 @@ from spattn_olmoe.olmo.remedies import (
 from .remedy_worker import EXPERTS, ROUTER
 from .tiny import BASE, TINY, run_python, tiny, torchrun
 
-REMEDIES = [cpu_moe, grouped_gemm, expert_gradients, router_gradients, cancellation, async_save_metric]
+REMEDIES = [
+    cpu_moe,
+    grouped_gemm,
+    expert_gradients,
+    router_gradients,
+    held_out_loss,
+    cancellation,
+    async_save_metric,
+]
 
 
 # ---- the release -----------------------------------------------------------------------------------------------------
@@ -49,6 +58,7 @@ def test_applying_twice_is_applying_once():
     assert all(x is y for x, y in zip(before, after, strict=True))
     assert cpu_moe._cuda_gather is not cpu_moe.gather
     assert expert_gradients._stock_apply_ep is not expert_gradients.apply_ep
+    assert held_out_loss._stock_eval_batch is not held_out_loss.eval_batch
 
 
 # ---- dropless MoE on a CPU -------------------------------------------------------------------------------------------
