@@ -47,7 +47,10 @@ class Fingerprint:
             path = f"{str(folder).rstrip('/')}/{FILE_NAME}"
             try:
                 data = json.loads(cached_path(path).read_text())
-                found = cls(layers=tuple(data["layers"]), shape={key: int(data["shape"][key]) for key in _SHAPE})
+                found = cls(
+                    layers=tuple(_completed(layer) for layer in data["layers"]),
+                    shape={key: int(data["shape"][key]) for key in _SHAPE},
+                )
             except FileNotFoundError:
                 continue
             except (ValueError, KeyError, TypeError) as error:  # no text and no JSON are ValueErrors both
@@ -86,7 +89,7 @@ def check_checkpoint(checkpoint: str, model: TransformerConfig, *, allow_attenti
                 "use the checkpoint's config, or another trainer.save_folder"
             )
     for layer, (mine, its) in enumerate(zip(here.layers, there.layers, strict=True)):
-        if mine != _completed(its):
+        if mine != its:
             message = (
                 f"checkpoint {checkpoint} was trained with attention {its} in layer {layer} but this config has {mine}"
             )

@@ -17,6 +17,7 @@ from spattn_olmoe import build_pattern
 from spattn_olmoe.cli import user_errors
 from spattn_olmoe.data import DataConfig, SourceConfig, TokenizerSection, prepare
 from spattn_olmoe.evaluation import commands
+from spattn_olmoe.olmo.checkpoints import write_checksums
 from tests.conftest import ROOT, run_training
 
 
@@ -47,6 +48,7 @@ def checkpoint_of(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
             pattern = build_pattern(name, n_heads=4, seq_len=32, **options)
             fingerprint["layers"] = [pattern.to_config()] * len(fingerprint["layers"])
             (folder / "attention.json").write_text(json.dumps(fingerprint))
+            write_checksums(folder, rank=0, ranks=1)
             made[key] = str(folder)
         return made[key]
 

@@ -88,7 +88,7 @@ def test_table3_has_the_columns_of_table1():
 
 
 def test_all_of_copa(checkpoint_of):
-    results = evaluate(checkpoint_of("spattention", local_sharing=True), suite_of_tasks(["copa"]))
+    results = evaluate(checkpoint_of("spattention", local_sharing=True), suite_of_tasks(["copa"]), max_length=64)
     (m,) = results["measurements"].values()
     acc = m["metrics"]["acc"]
     assert acc["n"] == FULL_SIZE["copa"] and results["limit"] is None
