@@ -39,10 +39,14 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(words)
 
 
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt  # not SIGINT, which a shell's background jobs ignore
+
+
 def main() -> None:
     args = parse()
     os.environ.setdefault("TQDM_DISABLE", "1")  # a line for each run is enough
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, _interrupt)
     with user_errors():
         quiet()
         from benchmarks.machine import describe

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 Values = Sequence[float] | np.ndarray
 
@@ -46,6 +48,46 @@ def bootstrap_interval(differences: Values, seed: int = 0, level: float = LEVEL)
     means = np.concatenate([generator.multinomial(n, counts / n, size) @ values / n for size in _chunks(len(values))])
     lo, hi = np.quantile(means, [level / 2, 1 - level / 2])
     return float(lo), float(hi)
+
+
+class Crossed(NamedTuple):
+    """A mean, its standard error, the degrees of freedom of that, a confidence interval, and p of the mean being zero."""
+
+    mean: float
+    stderr: float
+    df: float
+    interval: tuple[float, float]
+    p: float
+
+
+def crossed(values: np.ndarray, level: float = LEVEL) -> Crossed:
+    """The mean over runs and sequences where every run meets every sequence, ``(runs, sequences)``.
+
+    Both are taken as samples of more (a two-way random model without replication), so that the interval speaks of other
+    seeds and other text; degrees of freedom are Satterthwaite's. With one run it speaks of other text only.
+    """
+    S, Q = values.shape
+    mean = float(values.mean())
+    rows, columns = values.mean(1), values.mean(0)
+    if S == 1:
+        variance, df = float(columns.var(ddof=1)) / Q, Q - 1.0
+    else:
+        rest = values - rows[:, None] - columns[None, :] + mean
+        parts = {  # of the mean's variance, with their degrees of freedom
+            "runs": (float(rows.var(ddof=1)) / S, S - 1),
+            "sequences": (float(columns.var(ddof=1)) / Q, Q - 1),
+            "rest": (float((rest**2).sum()) / ((S - 1) * (Q - 1)) / (S * Q), (S - 1) * (Q - 1)),
+        }
+        variance = parts["runs"][0] + parts["sequences"][0] - parts["rest"][0]
+        largest, df = max(parts["runs"], parts["sequences"])
+        if variance > largest:
+            df = variance**2 / sum(part**2 / n for part, n in parts.values())
+        variance = max(variance, largest)
+    stderr = math.sqrt(variance)
+    if stderr == 0:
+        return Crossed(mean, 0.0, df, (mean, mean), 1.0 if mean == 0 else 0.0)
+    reach = float(stats.t.ppf(1 - level / 2, df)) * stderr
+    return Crossed(mean, stderr, df, (mean - reach, mean + reach), 2 * float(stats.t.sf(abs(mean) / stderr, df)))
 
 
 def holm(p: Sequence[float]) -> list[float]:

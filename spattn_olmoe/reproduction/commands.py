@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..analysis import masks
 from ..olmo.callbacks import PEAK_FLOPS
-from . import report
-from .plan import CONFIGS, SCALES, TABLES, VARIANTS, Run, Scale, cost, plan_runs
+from . import appendix, report
+from .plan import CONFIGS, SCALES, TABLES, VARIANTS, Run, Scale, Table, cost, plan_runs
 from .run import check_device, prepare_data, run_all, suite_command, train_command
 
 Describe = Callable[[str], dict[str, Any]]
@@ -28,36 +29,64 @@ def main(args: argparse.Namespace, describe: Describe) -> None:
     out = args.out or Path("runs") / "reproduce" / args.scale
     if args.target in TABLES:
         _table(args, out, describe)
+    elif args.target == "appendix_a":
+        _appendix_a(args, out, describe)
+    else:
+        figure = masks.figure_1() if args.target == "figure1" else masks.figure_2()
+        _say(str(masks.save(figure, out / f"{args.target}.png")))
 
 
 def _table(args: argparse.Namespace, out: Path, describe: Describe) -> None:
     scale = SCALES[args.scale]
-    table = TABLES[args.target]
-    seeds = scale.seeds if args.seeds is None else args.seeds
-    if seeds < 1:
-        raise ValueError(f"--seeds {seeds}: must be at least 1")
-    runs = plan_runs(
-        table,
-        scale,
-        seeds=seeds,
-        out=out,
-        config=args.config,
-        overrides=args.overrides,
-        variants=_variants(args.variants),
-    )
+    runs = _runs(args, scale, TABLES[args.target], out, _variants(args.variants))
     if args.dry_run:
         _print_plan(runs, scale, args.target)
         return
-    check_device(scale)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    say = _say
-    if args.config is None and scale.config is not None:
-        prepare_data(scale, say)
-    results = run_all(
-        runs, scale, args.target, out=out, jobs=_jobs(args.jobs, scale), describe=lambda: describe(device), say=say
-    )
+    results = _finish(args, scale, runs, args.target, out, describe)
     for path in report.write(args.target, runs, results, scale, out):
-        say(str(path))
+        _say(str(path))
+
+
+def _appendix_a(args: argparse.Namespace, out: Path, describe: Describe) -> None:
+    scale = SCALES[args.scale]
+    if scale.name != "cpu":
+        raise ValueError(
+            f"appendix_a --scale {scale.name}: the paper's experiment has 4 layers and 8 heads, which is --scale cpu; "
+            "scripts/analyze_heads.py measures the heads of any checkpoint"
+        )
+    if args.variants:
+        raise ValueError(f"--variants {args.variants}: appendix_a has its own ({', '.join(appendix.NAMES)})")
+    runs = _runs(args, scale, TABLES["table3"], out, appendix.NAMES)
+    if args.dry_run:
+        _print_plan(runs, scale, args.target)
+        return
+    _finish(args, scale, runs, "table3", out, describe)
+    for path in appendix.write(appendix.measure(runs, describe(_device())), out):
+        _say(str(path))
+
+
+def _runs(args: argparse.Namespace, scale: Scale, table: Table, out: Path, variants: Sequence[str] | None) -> list[Run]:
+    seeds = scale.seeds if args.seeds is None else args.seeds
+    if seeds < 1:
+        raise ValueError(f"--seeds {seeds}: must be at least 1")
+    return plan_runs(
+        table, scale, seeds=seeds, out=out, config=args.config, overrides=args.overrides, variants=variants
+    )
+
+
+def _finish(
+    args: argparse.Namespace, scale: Scale, runs: list[Run], table: str, out: Path, describe: Describe
+) -> list[dict[str, Any]]:
+    """Bring runs to their end; their results."""
+    jobs = _jobs(args.jobs, scale)
+    check_device(scale)
+    if args.config is None and scale.config is not None:
+        prepare_data(scale, _say)
+    return run_all(runs, scale, table, out=out, jobs=jobs, describe=lambda: describe(_device()), say=_say)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _say(line: str) -> None:
@@ -101,9 +130,9 @@ def _print_plan(runs: list[Run], scale: Scale, table: str) -> None:
     tokens, flops = sum(c.tokens for c in costs.values()), sum(c.flops for c in costs.values())
     print(f"\n# in all: {tokens:,} tokens, {flops:.3g} FLOPs", end="")
     if scale.needs_gpu:
-        hours = sum(c.gpu_hours(scale.mfu) for c in costs.values())
+        total = sum(c.gpu_hours(scale.mfu) for c in costs.values())
         print(
-            f"; {hours:,.1f} GPU-hours at {scale.mfu:.0%} (assumed, not measured) of an H200's "
+            f"; {total:,.1f} GPU-hours at {scale.mfu:.0%} (assumed, not measured) of an H200's "
             f"{PEAK_FLOPS['H200'] / 1e12:.0f} dense bfloat16 TFLOP/s",
             end="",
         )

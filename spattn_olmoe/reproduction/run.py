@@ -46,17 +46,28 @@ def train_command(run: Run, scale: Scale) -> list[str]:
 
 def suite_command(run: Run, scale: Scale, table: str) -> list[str] | None:
     """The command that gives a run its lm-eval scores; None at a scale without."""
+    file = suite_file(run, scale, table)
+    if file is None:
+        return None
+    limit = [] if scale.suite_limit is None else ["--limit", str(scale.suite_limit)]
+    return [
+        "python",
+        EVALUATE,
+        "--checkpoint",
+        str(run.folder),
+        "--suite",
+        file.stem,
+        *limit,
+        "--out",
+        str(file.parent),
+    ]
+
+
+def suite_file(run: Run, scale: Scale, table: str) -> Path | None:
+    """Where a run's lm-eval scores lie; None at a scale without."""
     if scale.suite is None:
         return None
-    suite = table if scale.suite == "table" else scale.suite
-    limit = [] if scale.suite_limit is None else ["--limit", str(scale.suite_limit)]
-    folder = str(suite_file(run, suite).parent)
-    return ["python", EVALUATE, "--checkpoint", str(run.folder), "--suite", suite, *limit, "--out", folder]
-
-
-def suite_file(run: Run, suite: str) -> Path:
-    """Where a run's lm-eval scores lie."""
-    return run.folder / "evaluation" / f"{suite}.json"
+    return run.folder / "evaluation" / f"{table if scale.suite == 'table' else scale.suite}.json"
 
 
 def prepare_data(scale: Scale, say: Say) -> None:
@@ -227,8 +238,8 @@ def _write_result(out: Path, run: Run, result: dict[str, Any]) -> None:
 
 def _scores(run: Run, scale: Scale, table: str) -> None:
     """A run's lm-eval scores, where the scale has them and they are not there yet."""
-    command = suite_command(run, scale, table)
-    if command is None or suite_file(run, command[command.index("--suite") + 1]).is_file():
+    file, command = suite_file(run, scale, table), suite_command(run, scale, table)
+    if file is None or command is None or file.is_file():
         return
     words = [sys.executable, str(ROOT / command[1]), *command[2:]]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
