@@ -50,9 +50,14 @@ def main() -> None:
     with user_errors():
         quiet()
         from benchmarks.machine import describe
-        from spattn_olmoe.reproduction.commands import main as reproduce
+        from spattn_olmoe.reproduction import commands
 
-        reproduce(args, describe)
+        if args.target == "throughput":
+            from benchmarks import throughput
+
+            commands.throughput(args, throughput)
+        else:
+            commands.main(args, describe)
 
 
 if __name__ == "__main__":

@@ -61,31 +61,18 @@ class Crossed(NamedTuple):
 
 
 def crossed(values: np.ndarray, level: float = LEVEL) -> Crossed:
-    """The mean over runs and sequences where every run meets every sequence, ``(runs, sequences)``.
+    """The mean over runs and sequences where every run meets every sequence, ``(runs, sequences)``, at least two of one.
 
-    Both are taken as samples of more (a two-way random model without replication), so that the interval speaks of other
-    seeds and other text; degrees of freedom are Satterthwaite's. With one run it speaks of other text only.
+    Both are taken as samples of more, so that the interval speaks of other seeds and other text: the variances of the
+    runs' means and of the sequences' means add up (what neither explains is in both, which errs on the wide side), with
+    Satterthwaite's degrees of freedom. With one run it speaks of other text only.
     """
-    S, Q = values.shape
-    mean = float(values.mean())
-    rows, columns = values.mean(1), values.mean(0)
-    if S == 1:
-        variance, df = float(columns.var(ddof=1)) / Q, Q - 1.0
-    else:
-        rest = values - rows[:, None] - columns[None, :] + mean
-        parts = {  # of the mean's variance, with their degrees of freedom
-            "runs": (float(rows.var(ddof=1)) / S, S - 1),
-            "sequences": (float(columns.var(ddof=1)) / Q, Q - 1),
-            "rest": (float((rest**2).sum()) / ((S - 1) * (Q - 1)) / (S * Q), (S - 1) * (Q - 1)),
-        }
-        variance = parts["runs"][0] + parts["sequences"][0] - parts["rest"][0]
-        largest, df = max(parts["runs"], parts["sequences"])
-        if variance > largest:
-            df = variance**2 / sum(part**2 / n for part, n in parts.values())
-        variance = max(variance, largest)
+    parts = [(float(x.var(ddof=1)) / len(x), len(x) - 1) for x in (values.mean(1), values.mean(0)) if len(x) > 1]
+    mean, variance = float(values.mean()), sum(part for part, _ in parts)
     stderr = math.sqrt(variance)
     if stderr == 0:
-        return Crossed(mean, 0.0, df, (mean, mean), 1.0 if mean == 0 else 0.0)
+        return Crossed(mean, 0.0, math.inf, (mean, mean), 1.0 if mean == 0 else 0.0)
+    df = variance**2 / sum(part**2 / n for part, n in parts)
     reach = float(stats.t.ppf(1 - level / 2, df)) * stderr
     return Crossed(mean, stderr, df, (mean - reach, mean + reach), 2 * float(stats.t.sf(abs(mean) / stderr, df)))
 

@@ -27,6 +27,7 @@ def main(args: argparse.Namespace, describe: Describe) -> None:
     :raises ValueError: arguments that do not fit together, or cannot be honoured.
     """
     out = args.out or Path("runs") / "reproduce" / args.scale
+    args.jobs = _jobs(args.jobs, SCALES[args.scale])
     if args.target in TABLES:
         _table(args, out, describe)
     elif args.target == "appendix_a":
@@ -78,11 +79,10 @@ def _finish(
     args: argparse.Namespace, scale: Scale, runs: list[Run], table: str, out: Path, describe: Describe
 ) -> list[dict[str, Any]]:
     """Bring runs to their end; their results."""
-    jobs = _jobs(args.jobs, scale)
     check_device(scale)
     if args.config is None and scale.config is not None:
         prepare_data(scale, _say)
-    return run_all(runs, scale, table, out=out, jobs=jobs, describe=lambda: describe(_device()), say=_say)
+    return run_all(runs, scale, table, out=out, jobs=args.jobs, describe=lambda: describe(_device()), say=_say)
 
 
 def _device() -> str:

@@ -6,6 +6,7 @@ model, so that a run that two tables need is trained once.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -222,16 +223,24 @@ def _paper_config(model: str, variant: str) -> Path:
 
 
 def _run(model: str, variant: str, seed: int, config: Path, overrides: Sequence[str], out: Path) -> Run:
-    wanted = [*VARIANTS[variant], *overrides]
-    plain = read_yaml(config, wanted)
-    wanted += [
-        f"init_seed={plain['init_seed'] + seed}",
-        f"data_loader.seed={plain['data_loader']['seed'] + seed}",
+    weights, order = _first_seeds(config, tuple(overrides))
+    wanted = [
+        *VARIANTS[variant],
+        *overrides,
+        f"init_seed={weights + seed}",
+        f"data_loader.seed={order + seed}",
         "trainer.callbacks.start_record._CLASS_=spattn_olmoe.reproduction.start.StartRecord",
     ]
     key = config_key(read_yaml(config, wanted))
     folder = out / "runs" / f"{model}-{variant}-seed{seed}-{key}"
     return Run(model, variant, seed, config, (*wanted, f"trainer.save_folder={folder}"), folder, key)
+
+
+@functools.cache
+def _first_seeds(config: Path, overrides: tuple[str, ...]) -> tuple[int, int]:
+    """The seeds of weights and of data order that a config states."""
+    plain = read_yaml(config, overrides)
+    return plain["init_seed"], plain["data_loader"]["seed"]
 
 
 def config_key(resolved: dict[str, Any]) -> str:
