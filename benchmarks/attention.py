@@ -3,6 +3,7 @@
     python scripts/benchmark.py attention                        # on a GPU all settings, on a CPU the CPU path
     python scripts/benchmark.py attention --quick                # the three settings that the goals are stated for
     python scripts/benchmark.py attention --settings 1x8x4096 --head-dims 128 --patterns spattention
+    python scripts/benchmark.py attention --missing              # only the settings that are not stored yet
     python scripts/benchmark.py attention --report               # only the table and the plot, from the stored results
 
 A correctness gate runs first; a contender that gets it wrong is not timed. Results are stored after every setting.
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--patterns", nargs="+", default=PATTERNS, metavar="NAME", help=f"default: {' '.join(PATTERNS)}"
     )
     parser.add_argument("--quick", action="store_true", help="the goals' settings: D=128, exclusive and sharing")
+    parser.add_argument("--missing", action="store_true", help="leave out the settings that are stored already")
     parser.add_argument("--seconds", type=float, default=1.5, help="time for one mode of one setting, all contenders")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--note", help="stored with the results, e.g. that the machine was shared")
@@ -72,8 +74,11 @@ def run(args: argparse.Namespace) -> int:
         if device == "cpu":
             print("No GPU: this times the CPU path.")
         store = Store(path, machine.describe(device) | ({"note": args.note} if args.note else {}))
+        patterns = PATTERNS[:2] if args.quick else args.patterns
+        stored = {(row["setting"], row["pattern"]) for row in store.data["rows"]} if args.missing else set()
         for setting in _settings(args, device):
-            patterns = PATTERNS[:2] if args.quick else args.patterns
+            if all((str(setting), pattern) in stored for pattern in patterns):
+                continue
             rows = measure(setting, patterns, device, args.seconds)
             store.add(setting, rows)
             report.print_rows(setting, rows)

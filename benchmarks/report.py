@@ -31,14 +31,7 @@ def print_rows(setting: object, rows: list[Row]) -> None:
 
 def markdown(data: dict[str, Any]) -> str:
     """The whole report: where it was measured, one table a setting, and what did not run."""
-    lines = ["# Attention", ""]
-    for number, run in enumerate(data["runs"]):
-        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-        lines.append(
-            f"- Run {number}: {run['device']}, {run['cores']} CPU cores ({run['threads']} threads), {versions}, "
-            f"commit `{str(run['commit'])[:12]}`{' with changes' if run['changed'] else ''}, {run['date'][:10]}, "
-            f"`{run['command']}`" + (f". {run['note']}" if run.get("note") else "")
-        )
+    lines = ["# Attention", "", *_runs(data["runs"])]
     lines += [
         "",
         "Median ms. The ratios are the rival's time by ours: above 1 ours is faster. TFLOP/s count attended pairs only.",
@@ -49,6 +42,19 @@ def markdown(data: dict[str, Any]) -> str:
         errors = [f"- not timed: {r['pattern']}, {r['contender']}: {r['error']}" for r in rows if "error" in r]
         lines += ["", *errors] if errors else []
     return "\n".join(lines) + "\n"
+
+
+def _runs(runs: list[Row]) -> list[str]:
+    """Where and how it was measured, a line a run."""
+    lines = []
+    for number, run in enumerate(runs):
+        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        lines.append(
+            f"- Run {number}: {run['device']}, {run['cores']} CPU cores ({run['threads']} threads), {versions}, "
+            f"commit `{str(run['commit'])[:12]}`{' with changes' if run['changed'] else ''}, {run['date'][:10]}, "
+            f"`{run['command']}`" + (f". {run['note']}" if run.get("note") else "")
+        )
+    return lines
 
 
 def _table(rows: list[Row]) -> list[str]:
@@ -102,6 +108,103 @@ def _plot(rows: list[Row], path: Path) -> None:
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_ylabel("rival's time / ours")
         axis.set_title(f"{setting}, forward and backward")
+        axis.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def write_training(path: Path) -> list[Path]:
+    """``training.md`` and ``training.svg`` beside a result file."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: run the benchmark first")
+    data = json.loads(path.read_text())
+    table, plot = path.with_suffix(".md"), path.with_suffix(".svg")
+    table.write_text(training_markdown(data))
+    _training_plot(data["rows"], plot)
+    return [table, plot]
+
+
+def print_training(setting: str, rows: list[Row]) -> None:
+    print(f"\n{setting}")
+    print("\n".join(_training_table(rows)), flush=True)
+
+
+_TRAINING_WORDS = """
+A step is forward, backward, clipping and AdamW, of one device. `step ratio`: the standard step's time by this one's.
+`attention ratio`: the same of attention alone, forward and backward. `of step`: attention's share of the step's time, its
+time alone by the number of its calls. MFU counts the pairs that are attended; `as if dense` counts all causal pairs.
+`waits`: times that the host waits for the device in a profiled step. `loop`: whether experts are multiplied one by one.
+`layers`: of the model's; fewer where one GPU is too small. On one CPU thread times are the process's processor time.
+"""
+
+
+def training_markdown(data: dict[str, Any]) -> str:
+    """The whole report: where it was measured, and one table a model and length."""
+    lines = ["# Training", "", *_runs(data["runs"]), _TRAINING_WORDS.rstrip()]
+    for setting in _unique(row["setting"] for row in data["rows"]):
+        lines += ["", f"## {setting}", ""]
+        lines += _training_table([row for row in data["rows"] if row["setting"] == setting])
+    return "\n".join(lines) + "\n"
+
+
+def _training_table(rows: list[Row]) -> list[str]:
+    head = ["attention", "kernel", "tokens/s", "step ratio", "attention ratio", "of step", "MFU", "as if dense", "peak GiB"]
+    head += ["layers", "waits", "loop"]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+    timed = {row["attention"]: row for row in rows if "ms" in row}
+    base = timed.get("standard")
+    for row in timed.values():
+        profile = row.get("profile", {})
+        cells = [
+            row["attention"],
+            row["attention_kernel"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{base['ms'] / row['ms']:.2f}x" if base else "n/a",
+            f"{base['attention_ms'] / row['attention_ms']:.2f}x" if base else "n/a",
+            f"{row['attention_share']:.1%}",
+            *("n/a" if row[key] is None else f"{row[key]:.1%}" for key in ("mfu", "mfu_as_if_dense")),
+            f"{row['peak'] / 2**30:.2f}",
+            f"{row['layers']} of {row['of_layers']}",
+            str(sum(n for name, n in profile["waits"].items() if name.startswith("cuda"))) if profile else "n/a",
+            ("yes" if profile["loops_over_experts"] else "no") if profile else "n/a",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    errors = [f"- not timed: {row['attention']}: {row['error']}" for row in rows if "error" in row]
+    return lines + (["", *errors] if errors else [])
+
+
+def _training_plot(rows: list[Row], path: Path) -> None:
+    """Tokens per second by length: one panel a model, one line an attention type, dashed where compiled."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "training"  # the same results give the same file
+    from matplotlib import pyplot as plt
+
+    timed = [row for row in rows if "ms" in row]
+    models = _unique(row["model"] for row in timed)
+    figure, axes = plt.subplots(max(len(models), 1), 1, figsize=(8, 3.2 * max(len(models), 1)), squeeze=False)
+    for model, axis in zip(models, axes[:, 0], strict=False):
+        for colour, attention in enumerate(_unique(row["attention"] for row in timed)):
+            for compiled in (False, True):
+                found = {
+                    row["N"]: row["tokens_per_second"]
+                    for row in timed
+                    if (row["model"], row["attention"], row["compiled"]) == (model, attention, compiled)
+                }
+                if found:
+                    label = attention + (", compiled" if compiled else "")
+                    style = {"color": f"C{colour}", "linestyle": "--" if compiled else "-", "marker": "o"}
+                    axis.plot(sorted(found), [found[N] for N in sorted(found)], label=label, **style)
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("sequence length N")
+        axis.set_ylabel("tokens/s")
+        axis.set_title(model)
         axis.legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})

@@ -16,6 +16,8 @@ SUBCOMMANDS = {
     "attention": "ours against other kernels, under every distance mask",
     "data": "text to shards, ours against the dolma toolkit and datatrove",
     "data_resume": "data preparation, killed at random moments: are the bytes the same",
+    "gpu": "everything that takes a GPU, one part after another, resumable",
+    "training": "training steps: standard attention against spattention",
     "tune": "tile configurations of the fused kernels on this GPU",
 }
 

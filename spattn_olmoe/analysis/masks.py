@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..patterns import Pattern, build_pattern, causal_pairs, interval_table
+from ..patterns.base import MaskMod
 
 PIXELS = 288
 """Side of a drawn mask. Masks of fewer tokens are drawn at a pixel a token."""
 
 _DPI = 144
+_HEAD_DIM = 64  # of random content, where a mask follows the content
 _MASK_CELLS = 2**22  # cells of a mask held at a time where there is no closed form
 
 _ALLOWED, _NOT_ALLOWED, _FUTURE = ([c / 255 for c in rgb] for rgb in ((27, 79, 156), (238, 243, 250), (255, 255, 255)))
@@ -75,16 +78,27 @@ def _pairs_at_least(edges: np.ndarray, distance: int) -> np.ndarray:
     return np.diff(np.diff(before, axis=0), axis=1)
 
 
+@functools.lru_cache(maxsize=4)
+def drawn_mask(pattern: Pattern, T: int) -> MaskMod:
+    """The mask to draw; of a pattern that follows the content, for queries and keys that are drawn at random once."""
+    if not pattern.follows_content:
+        return pattern.mask_mod
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, T, pattern.n_heads, _HEAD_DIM, generator=generator) for _ in range(2))
+    return pattern.bind(q, k).mask_mod
+
+
 def _count_cells(pattern: Pattern, head: int, edges: np.ndarray) -> np.ndarray:
     """Allowed pairs of every pixel, by looking at all of them, a few rows at a time."""
     T = int(edges[-1])
+    mask_mod = drawn_mask(pattern, T)
     h, j = torch.tensor([[head]]), torch.arange(T)[None, :]
     pairs = np.zeros((len(edges) - 1, len(edges) - 1), dtype=np.int64)
     step = max(1, _MASK_CELLS // T)
     for row, (first, last) in enumerate(itertools.pairwise(edges)):
         for start in range(first, last, step):
             i = torch.arange(start, min(start + step, last))[:, None]
-            mask = pattern.mask_mod(torch.zeros_like(h), h, i, j).expand(len(i), T)
+            mask = mask_mod(torch.zeros_like(h), h, i, j).expand(len(i), T)
             pairs[row] += np.add.reduceat(mask.sum(0).numpy(), edges[:-1])
     return pairs
 
@@ -104,7 +118,8 @@ def distances(pattern: Pattern, head: int, T: int) -> str:
 
 def cost(pattern: Pattern, T: int) -> str:
     """All heads' pairs as a share of dense causal attention."""
-    return f"{_percent(pattern.attended_pairs(T), pattern.n_heads * causal_pairs(T))} of dense attention"
+    share = f"{_percent(pattern.attended_pairs(T), pattern.n_heads * causal_pairs(T))} of dense attention"
+    return f"about {share} (random queries and keys)" if pattern.follows_content else share
 
 
 def _percent(part: int, whole: int) -> str:
@@ -118,7 +133,7 @@ def draw(pattern: Pattern, T: int | None = None) -> Figure:
     """All heads of a pattern side by side, for an input of T tokens (default: the band length)."""
     T = pattern.seq_len if T is None else T
     H = pattern.n_heads
-    options = ", ".join(f"{key}={str(value).lower()}" for key, value in pattern.options.items())
+    options = ", ".join(f"{k}={str(value).lower()}" for k, value in pattern.options.items() if value is not None)
     shape = f"H = {H}, N = {pattern.at_length(T).seq_len}" + (f", T = {T}" if T != pattern.seq_len else "")
     columns = H if H < 4 else 4 if H <= 8 else 8
     panels = [Panel(pattern, h, f"Head {h}\n{distances(pattern, h, T)}") for h in range(H)]

@@ -79,22 +79,28 @@ def _masked(
 ) -> Tensor:
     T, H = q_BTHD.shape[1:3]
     device = q_BTHD.device
-    if isinstance(start, Tensor):
-        start = start.to(device).reshape(-1, 1, 1, 1)
-    i = start + torch.arange(T, device=device)[None, None, :, None]
-    j = torch.arange(k_BSGD.shape[1], device=device)[None, None, None, :]
-    if leftpad is not None:
-        pad = leftpad.to(device)[:, None, None, None]
-        i, j = i - pad, j - pad
-    h = (head_offset + torch.arange(H, device=device))[None, :, None, None]
-    mask = pattern.mask_mod(torch.zeros_like(h), h, i, j) & (j >= 0)
-    mask = mask.expand(-1, H, T, k_BSGD.shape[1])
+    B, S = k_BSGD.shape[:2]
+    # Positions count from behind the padding.
+    k_start = 0 if leftpad is None else -leftpad.to(device)
+    q_start = (start.to(device).flatten() if isinstance(start, Tensor) else start) + k_start
+    i = _column(q_start) + torch.arange(T, device=device)[:, None]
+    j = _column(k_start) + torch.arange(S, device=device)
+    bound = pattern.bind(q_BTHD, k_BSGD, head_offset=head_offset, q_start=q_start, k_start=k_start)
+    b = torch.arange(B if pattern.follows_content else 1, device=device)[:, None, None, None]
+    h = torch.arange(H, device=device)[:, None, None]
+    mask = bound.mask_mod(b, h, i, j) & (j >= 0)
+    mask = mask.expand(-1, H, T, S)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BSGD, v_BSGD))
     out = F.scaled_dot_product_attention(
         q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, scale=scale, enable_gqa=H != k_BSGD.shape[2]
     )
     # CUDA's fused SDPA kernels do not promise zeros for a row without keys.
     return out.masked_fill(~mask.any(-1, keepdim=True), 0.0).transpose(1, 2)
+
+
+def _column(start: Tensor | int) -> Tensor | int:
+    """One number a sequence, as it meets heads, queries and keys."""
+    return start.reshape(-1, 1, 1, 1) if isinstance(start, Tensor) else start
 
 
 def _decode_unsuitable(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> str | None:

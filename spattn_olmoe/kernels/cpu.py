@@ -3,7 +3,8 @@
 Heads with the same intervals go together. Their queries are cut into chunks, and one call of PyTorch's SDPA attends
 each chunk to its window of keys, which is a strided view: chunk ``c`` of a head with interval ``[lo, hi)`` needs the
 keys ``c * CHUNK - hi + 1`` to ``(c + 1) * CHUNK - lo``, equally many for every chunk. Patterns that are no distance
-intervals use SDPA under a dense mask.
+intervals use SDPA under a dense mask, a byte for each head, query and key, and for each row of the batch where the mask
+follows the content.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def run(
     B, T, H, _ = q_BTHD.shape
     table = interval_table(pattern)
     if table is None:
-        mask = visible(pattern, B, T, H, cu_doc_lens, head_offset, q_BTHD.device)
+        mask = visible(pattern, q_BTHD, k_BTGD, cu_doc_lens, head_offset)
         return _sdpa(q_BTHD, k_BTGD, v_BTGD, scale, attn_mask=mask)
 
     heads = table[head_offset : head_offset + H]

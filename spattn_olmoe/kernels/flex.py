@@ -1,6 +1,7 @@
 """Attention through PyTorch's FlexAttention (arXiv 2412.05496), compiled on CUDA: any pattern, forward and backward.
 
-The block mask is computed from the pattern's distance intervals, once per shape, and shared by all layers. On a CPU
+The block mask is computed from the pattern's distance intervals, once per shape, and shared by all layers; of a pattern
+that follows the content anew for every call, from what the pattern knows of its blocks. On a CPU
 FlexAttention has no backward pass and runs uncompiled here: for checking results, not for speed.
 """
 
@@ -43,17 +44,26 @@ def run(
 
     :raises ValueError: gradients are asked for on a CPU.
     """
-    B, T, H, _ = q_BTHD.shape
     on_cpu = q_BTHD.device.type == "cpu"
     if on_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHD, k_BTGD, v_BTGD)):
         raise ValueError("attention.impl='flex' has no backward pass on a CPU: use impl='cpu' or 'reference'")
-    mask = block_mask(pattern, B, T, H, head_offset, q_BTHD.device, cu_doc_lens)
+    mask = mask_of_call(pattern, q_BTHD, k_BTGD, head_offset, cu_doc_lens)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
     if on_cpu:  # it refuses inputs that require gradients even under no_grad
         q, k, v = q.detach(), k.detach(), v.detach()
     attend: Any = flex_attention if on_cpu else _compiled()
     out = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
+
+
+def mask_of_call(
+    pattern: Pattern, q_BTHD: Tensor, k_BTGD: Tensor, head_offset: int = 0, cu_doc_lens: Tensor | None = None
+) -> BlockMask:
+    """The block mask of a call, kept where it can serve another one."""
+    B, T, H, _ = q_BTHD.shape
+    if pattern.follows_content:
+        return _content_mask(pattern, q_BTHD, k_BTGD, head_offset, cu_doc_lens)
+    return block_mask(pattern, B, T, H, head_offset, q_BTHD.device, cu_doc_lens)
 
 
 def block_mask(
@@ -80,29 +90,48 @@ def _block_mask(pattern: Pattern, T: int, H: int, head_offset: int, device: torc
     return _build(pattern, 1, T, H, head_offset, device, None)
 
 
-def _mask_mod(pattern: Pattern, head_offset: int, doc_start: Tensor | None) -> MaskMod:
-    """The pattern's mask for local heads, within documents."""
+def _content_mask(
+    pattern: Pattern, q_BTHD: Tensor, k_BTGD: Tensor, head_offset: int, cu_doc_lens: Tensor | None
+) -> BlockMask:
+    """The block mask of a pattern that follows the content, for these queries and keys."""
+    B, T, H, _ = q_BTHD.shape
+    doc_start = None if cu_doc_lens is None else document_starts(cu_doc_lens, B, T)
+    bound = pattern.bind(q_BTHD, k_BTGD, head_offset=head_offset, first=0 if doc_start is None else doc_start)
+    mask_mod = _within_documents(bound.mask_mod, doc_start)
+    if bound.blocks is None:
+        return create_block_mask(mask_mod, B, H, T, T, device=q_BTHD.device, BLOCK_SIZE=BLOCK)
+    some = bound.blocks(BLOCK)
+    return _from_blocks(some, torch.zeros_like(some), mask_mod, T, doc_start)
 
-    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        allowed = pattern.mask_mod(b, h + head_offset, q_idx, kv_idx)
-        return allowed if doc_start is None else allowed & (kv_idx >= doc_start[b, q_idx])
 
-    return mask_mod
+def _within_documents(mask_mod: MaskMod, doc_start: Tensor | None) -> MaskMod:
+    """A mask, and no pairs across documents."""
+    if doc_start is None:
+        return mask_mod
+    return lambda b, h, q_idx, kv_idx: mask_mod(b, h, q_idx, kv_idx) & (kv_idx >= doc_start[b, q_idx])
 
 
 def _build(
     pattern: Pattern, B: int, T: int, H: int, head_offset: int, device: torch.device, doc_start: Tensor | None
 ) -> BlockMask:
-    mask_mod = _mask_mod(pattern, head_offset, doc_start)
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return pattern.mask_mod(b, h + head_offset, q_idx, kv_idx)
+
+    mask_mod = _within_documents(mask_mod, doc_start)
     table = interval_table(pattern)
     if table is None:
         return create_block_mask(mask_mod, None if doc_start is None else B, H, T, T, device=device, BLOCK_SIZE=BLOCK)
 
     some, every = _interval_blocks(table[head_offset : head_offset + H], T, device)
+    return _from_blocks(some, every, mask_mod, T, doc_start)
+
+
+def _from_blocks(some: Tensor, every: Tensor, mask_mod: MaskMod, T: int, doc_start: Tensor | None) -> BlockMask:
+    """A block mask from the blocks that may hold a pair and those that hold every pair, documents aside."""
     if doc_start is not None:
         n = some.shape[-1]
-        key_first = torch.arange(n, device=device) * BLOCK
-        row_first = torch.arange(n, device=device) * BLOCK
+        key_first = torch.arange(n, device=some.device) * BLOCK
+        row_first = torch.arange(n, device=some.device) * BLOCK
         row_last = torch.clamp(row_first + BLOCK, max=T) - 1
         # Documents start later the later the row, so a block's first and last rows bound them.
         some = some & (key_first + BLOCK > doc_start[:, row_first, None])[:, None]

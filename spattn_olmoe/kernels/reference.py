@@ -20,20 +20,25 @@ def run(
     head_offset: int,
 ) -> Tensor:
     """Attention over the whole ``(B, H, T, T)`` score matrix. O(T^2) memory: for tests and small inputs."""
-    B, T, H, _ = q_BTHD.shape
-    mask = visible(pattern, B, T, H, cu_doc_lens, head_offset, q_BTHD.device)
+    mask = visible(pattern, q_BTHD, k_BTGD, cu_doc_lens, head_offset)
     return masked_attention(q_BTHD, k_BTGD, v_BTGD, mask, scale)
 
 
 def visible(
-    pattern: Pattern, B: int, T: int, H: int, cu_doc_lens: Tensor | None, head_offset: int, device: torch.device
+    pattern: Pattern, q_BTHD: Tensor, k_BTGD: Tensor, cu_doc_lens: Tensor | None, head_offset: int
 ) -> Tensor:
-    """The mask of ``H`` local heads from ``head_offset`` on, bool ``(1 or B, H, T, T)``, documents included."""
-    mask = pattern.dense_mask(T, device=device)[None, head_offset : head_offset + H]
-    if cu_doc_lens is not None:
-        start = document_starts(cu_doc_lens, B, T)
-        mask = mask & (torch.arange(T, device=device) >= start[:, None, :, None])
-    return mask
+    """The mask of q's heads, from ``head_offset`` on, documents included: bool ``(1, H, T, T)``.
+
+    ``(B, H, T, T)`` where rows of the batch differ: with documents, or under a pattern that follows the content.
+    """
+    B, T, H, _ = q_BTHD.shape
+    position = torch.arange(T, device=q_BTHD.device)
+    start = None if cu_doc_lens is None else document_starts(cu_doc_lens, B, T)
+    bound = pattern.bind(q_BTHD, k_BTGD, head_offset=head_offset, first=0 if start is None else start)
+    b = torch.arange(B if pattern.follows_content else 1, device=q_BTHD.device)[:, None, None, None]
+    h = torch.arange(H, device=q_BTHD.device)[:, None, None]
+    mask = bound.mask_mod(b, h, position[:, None], position).expand(len(b), H, T, T)
+    return mask if start is None else mask & (position >= start[:, None, :, None])
 
 
 def masked_attention(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Tensor, scale: float) -> Tensor:

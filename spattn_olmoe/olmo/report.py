@@ -66,6 +66,7 @@ def attention_table(patterns: list[Pattern], T: int, ignored: tuple[str, ...]) -
         "band length N": lambda p: f"{p.seq_len:,}",
         f"attended pairs at T={T:,}": lambda p: (
             f"{p.attended_pairs(T):,} of {dense[p]:,} ({p.attended_pairs(T) / dense[p]:.2%})"
+            + (" expected of random content, at most all: FLOPs are computed from it" if p.follows_content else "")
         ),
         "dead rows": lambda p: f"{p.dead_rows(T):,} of {p.n_heads * T:,} ({p.dead_rows(T) / (p.n_heads * T):.2%})",
     }

@@ -11,7 +11,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,18 @@ _MASK_CELLS = 2**24  # cells of a dense mask looked at together when a pattern h
 Interval = tuple[int, int]
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class BoundMask(NamedTuple):
+    """A pattern's mask for one call of attention, see :meth:`Pattern.bind`.
+
+    :param mask_mod: ``mask_mod(b, h, q_idx, kv_idx)`` as FlexAttention takes it; ``h`` counts the heads of the call.
+    :param blocks: the square blocks of a given side that may hold a pair, bool ``(B, H, rows, columns)``: never too
+        few. None where ``mask_mod`` alone can tell.
+    """
+
+    mask_mod: MaskMod
+    blocks: Callable[[int], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,12 +62,27 @@ class Pattern(ABC):
     name: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        for key in ("n_heads", "seq_len"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"attention.{key}={value!r}: must be a whole number of at least 1")
+        self._check_whole("n_heads", "seq_len", at_least=1)
         if self.band_length not in ("train", "input"):
             raise ValueError(f"attention.band_length={self.band_length!r}: must be 'train' or 'input'")
+
+    def _check_whole(self, *options: str, at_least: int, at_most: int = 2**31 - 1) -> None:
+        """Raise a ValueError unless these options are whole numbers in a range."""
+        for key in options:
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= at_most:
+                most = f" and at most {at_most}" if isinstance(value, int) and value > at_most else ""
+                raise ValueError(f"attention.{key}={value!r}: must be a whole number of at least {at_least}{most}")
+
+    def _check_read(self, option: str, wanted: str, others: tuple[str, ...]) -> None:
+        """Raise a ValueError where one of ``others`` is set and not read, because ``option`` is not ``wanted``."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in others and value != field.default and getattr(self, option) != wanted:
+                raise ValueError(
+                    f"attention.{field.name}={value!r} is read only with attention.{option}={wanted}: "
+                    "set that, or leave it out"
+                )
 
     # ---- what a subclass states ------------------------------------------------------------------------------
 
@@ -69,6 +96,36 @@ class Pattern(ABC):
     def head_intervals(self, h: int) -> list[Interval] | None:
         """The distances that head ``h`` attends as half-open intervals, or None where they are not at most two."""
         return None
+
+    @property
+    def follows_content(self) -> bool:
+        """Whether the mask depends on queries and keys as well: then only :meth:`bind` tells it, anew for every call."""
+        return False
+
+    def bind(
+        self,
+        q_BTHD: Tensor,
+        k_BSGD: Tensor,
+        *,
+        head_offset: int = 0,
+        q_start: Tensor | int = 0,
+        k_start: Tensor | int = 0,
+        first: Tensor | int = 0,
+    ) -> BoundMask:
+        """The mask of one call of attention. Every implementation gets its mask here.
+
+        :param q_BTHD: the queries; ``k_BSGD``: the keys. Read by patterns that follow the content, and by no other.
+        :param head_offset: the global index of the first of the ``H`` heads.
+        :param q_start: position of the first query, an int or ``(B,)``; ``k_start``: of the first key. Positions are
+            what ``mask_mod`` is asked about.
+        :param first: the lowest position that a query may attend, where documents say so: an int or ``(B, T)``. The
+            caller applies it; a pattern reads it that has to know whether a query has another key.
+        """
+
+        def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return self.mask_mod(b, h + head_offset, q_idx, kv_idx)
+
+        return BoundMask(mask_mod)
 
     # ---- what follows from it --------------------------------------------------------------------------------
 
@@ -94,7 +151,11 @@ class Pattern(ABC):
         """``mask_mod(b, h, q_idx, kv_idx)`` in FlexAttention's convention; ``h`` is the global query head.
 
         A function and no method: FlexAttention counts arguments to tell masks from scores, ``self`` included.
+
+        :raises ValueError: the pattern follows the content: there is no mask without queries and keys.
         """
+        if self.follows_content:
+            raise ValueError(f"{self}: what is attended depends on queries and keys, use bind(q, k)")
 
         def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             return (q_idx >= kv_idx) & self.allows(h, q_idx, kv_idx)
@@ -126,7 +187,8 @@ class Pattern(ABC):
     def attended_pairs(self, T: int | None = None) -> int:
         """Exact number of (query, key) pairs over all heads for an input of ``T`` tokens (default ``N``).
 
-        O(H) for interval patterns. FLOPs and sparsity are computed from it.
+        O(H) for interval patterns. FLOPs and sparsity are computed from it. Where the pattern follows the content it
+        is an expected number, rounded; what is expected of the content is said by the pattern.
         """
         T = self.seq_len if T is None else T
         return _attended_pairs(self.at_length(T), T)

@@ -16,8 +16,12 @@ MASKS = {
     "gbhalf": ("gbhalf", {}),
     "longformer": ("longformer", {}),
     "bigbird": ("bigbird", {}),
+    "bigbird+seeded": ("bigbird", {"random_links": "seeded", "block_size": 9}),
     "reformer": ("reformer", {}),
 }
+
+CONTENT = {"reformer+lsh": ("reformer", {"buckets": "lsh", "n_hashes": 2, "bucket_size": 12})}
+"""Masks that follow the content: there is no dense mask without queries and keys."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ OWN = {"every_other": EveryOther, "two_far_intervals": TwoFarIntervals}
 def build(mask: str, H: int, N: int, **options) -> Pattern:
     if mask in OWN:
         return OWN[mask](n_heads=H, seq_len=N, **options)
-    name, own = MASKS[mask]
+    name, own = (MASKS | CONTENT)[mask]
     return build_pattern(name, n_heads=H, seq_len=N, **own, **options)
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from attention_cases import CASES, MASKS, OWN, Case, build, dead_rows, inputs, numpy_attention
+from attention_cases import CASES, CONTENT, MASKS, OWN, Case, build, dead_rows, inputs, numpy_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -73,7 +73,7 @@ def test_reference_in_half_precision_computes_in_float32():
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("mask", ALL)
+@pytest.mark.parametrize("mask", [*ALL, *CONTENT])
 def test_cpu_equals_reference_in_float64(mask, case):
     pattern = build(mask, case.H, case.N)
     qkvw = inputs(case)
@@ -107,7 +107,7 @@ def test_cpu_equals_reference_on_any_shape(data):
     bounds = None if cuts is None else [0, *cuts, B * T]
     docs = None if bounds is None else tuple(b - a for a, b in itertools.pairwise(bounds))
     case = Case(T=T, N=N, H=H, G=G, B=B, D=4, docs=docs)
-    mask = data.draw(st.sampled_from(ALL), "mask")
+    mask = data.draw(st.sampled_from([*ALL, *CONTENT]), "mask")
     band_length = data.draw(st.sampled_from(["train", "input"]), "band_length")
     pattern = build(mask, H, N, band_length=band_length)
     qkvw = inputs(case)
@@ -188,7 +188,7 @@ def test_an_input_that_no_head_attends_gives_zeros_and_zero_gradients(impl):
 # ---- what is not attended has no influence -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", [*MASKS, *CONTENT])
 def test_other_documents_and_later_tokens_have_no_influence(mask):
     case = Case(T=100, N=100, B=1, docs=(40, 60))
     pattern = build(mask, case.H, case.N)
@@ -203,7 +203,7 @@ def test_other_documents_and_later_tokens_have_no_influence(mask):
 def test_documents_are_attended_as_if_alone():
     case = Case(T=100, N=100, B=1, docs=(37, 63))
     q, k, v, _ = inputs(case, requires_grad=False)
-    for mask in ("spattention", "spattention+sharing", "gbhalf", "reformer"):
+    for mask in ("spattention", "spattention+sharing", "gbhalf", "reformer", "reformer+lsh"):
         pattern = build(mask, case.H, case.N)
         together = forward("cpu", case, pattern, q, k, v)
         alone = torch.cat([attention(*(x[:, part] for x in (q, k, v)), pattern) for part in DOCUMENTS], dim=1)
@@ -218,7 +218,7 @@ DOCUMENTS = (slice(0, 37), slice(37, 100))
 
 @pytest.mark.parametrize(
     ("mask", "impl"),
-    [*((mask, impl) for mask in MASKS for impl in ("reference", "cpu")), ("eball", "flex"), ("bigbird", "flex")],
+    [*((mask, impl) for mask in (*MASKS, *CONTENT) for impl in ("reference", "cpu")), ("eball", "flex"), ("bigbird", "flex")],
 )
 def test_band_length_input_attends_as_a_pattern_of_that_length(mask, impl):
     case = Case(T=50, N=160)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from attention_cases import MASKS, OWN, Case, build, inputs
+from attention_cases import CONTENT, MASKS, OWN, Case, build, inputs
 
 from spattn_olmoe import attention
 from spattn_olmoe.kernels import cached_attention
 
-ALL = [*MASKS, *OWN]
+ALL = [*MASKS, *OWN, *CONTENT]
 
 
 def through_cache(q, k, v, pattern, steps, capacity, as_tensor=False, **kwargs):

@@ -1,7 +1,9 @@
-"""The nine masks of docs/masks.md once more, as plain Python on one (head, query, key) at a time.
+"""The masks of docs/masks.md that depend on positions alone, once more, as plain Python on one (head, query, key) at a time.
 
 Written from the definitions and sharing no code with the package, so that a mistake in one is not a mistake in both.
 """
+
+import functools
 
 MASKS = {
     "standard": ("standard", {}),
@@ -12,9 +14,10 @@ MASKS = {
     "gbhalf": ("gbhalf", {}),
     "longformer": ("longformer", {}),
     "bigbird": ("bigbird", {}),
+    "bigbird+seeded": ("bigbird", {"random_links": "seeded", "seed": 7}),
     "reformer": ("reformer", {}),
 }
-"""The eight types, nine masks: name in a test's id -> (type, options)."""
+"""The eight types, ten masks: name in a test's id -> (type, options)."""
 
 WITH_INTERVALS = ("standard", "spattention", "spattention+sharing", "sliding_window", "eball", "gbhalf")
 
@@ -68,6 +71,31 @@ def _bigbird(H, N, h, i, j):
     return d <= w or i < g or j < g or (d > w and d % s == 0)
 
 
+def _hash(x):
+    for _ in range(2):
+        x = (x ^ x >> 16) * 0x45D9F3B % 2**32
+    return x ^ x >> 16
+
+
+@functools.cache
+def _links(seed, h, block):
+    """The random blocks of a block of queries: three of those from block 2 on that lie before its window of three."""
+    candidates, chosen = max(block - 4, 0), set()
+    state = _hash(_hash(_hash(seed) + h) + block)
+    for n, last in enumerate(range(candidates - 3, candidates)):
+        if last >= 0:
+            link = _hash(state + n) % (last + 1)
+            chosen.add(last if link in chosen else link)
+    assert len(chosen) == min(candidates, 3)
+    return {2 + link for link in chosen}
+
+
+def _bigbird_seeded(H, N, h, i, j):
+    b = max(1, min(64, N // 64))
+    query, key = i // b, j // b
+    return key in (0, 1, query, query - 1, query - 2) or key in _links(7, h, query)
+
+
 def _reformer(H, N, h, i, j):
     if N <= 4:
         return True
@@ -90,6 +118,7 @@ _RULES = {
     "gbhalf": _gbhalf,
     "longformer": _longformer,
     "bigbird": _bigbird,
+    "bigbird+seeded": _bigbird_seeded,
     "reformer": _reformer,
 }
 

@@ -1,0 +1,78 @@
+"""How far loss curves lie apart: python -m benchmarks.loss_curves REFERENCE RUN [RUN ...]
+
+Reads the ``metrics.jsonl`` of runs with the same data, seeds and initial weights. The first is what the others are compared
+with; a run of the same attention in another precision among them shows what rounding alone does. Writes
+``loss_curves.json`` and ``loss_curves.png`` into the results of this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import machine
+
+LAST = 20
+"""Steps at the end of a run whose mean loss is compared."""
+
+
+def compare(folders: list[Path]) -> list[dict[str, Any]]:
+    """For every run but the first: distance from the first's loss, over all steps and at the end.
+
+    :raises ValueError: a run has no metrics, or other steps than the first.
+    """
+    from spattn_olmoe.analysis.losses import loss_curve
+
+    curves = {folder: dict(zip(*loss_curve(folder), strict=True)) for folder in folders}
+    first = curves[folders[0]]
+    rows = []
+    for folder in folders[1:]:
+        if curves[folder].keys() != first.keys():
+            raise ValueError(f"{folder} has other steps than {folders[0]}: train both to the end")
+        apart = [abs(curves[folder][step] - first[step]) for step in first]
+        ends = [sum(list(curve.values())[-LAST:]) / min(LAST, len(first)) for curve in (curves[folder], first)]
+        rows.append(
+            {
+                "run": folder.name,
+                "against": folders[0].name,
+                "steps": len(first),
+                "mean_distance": sum(apart) / len(apart),
+                "largest_distance": max(apart),
+                "end": ends[0],
+                "end_of_reference": ends[1],
+            }
+        )
+    return rows
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) < 2:
+        print("loss_curves: name a reference run and at least one other", file=sys.stderr)
+        return 2
+    from spattn_olmoe.analysis.losses import plot_losses
+
+    folders = [Path(argument) for argument in arguments]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        rows = compare(folders)
+    except ValueError as error:
+        print(f"loss_curves: {error}", file=sys.stderr)
+        return 2
+    out = machine.results_folder(device) / "loss_curves.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"run": machine.describe(device), "rows": rows}, indent=1) + "\n")
+    plot_losses(folders, out.with_suffix(".png"))
+    for row in rows:
+        print(
+            f"{row['run']}: loss {row['end']:.4f} at the end, {row['against']} {row['end_of_reference']:.4f}; "
+            f"{row['mean_distance']:.4f} apart on average, {row['largest_distance']:.4f} at most"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

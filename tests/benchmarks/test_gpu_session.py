@@ -1,0 +1,107 @@
+"""The one command for a GPU: its parts end, are stopped, fail and go on; and loss curves are compared."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import gpu, loss_curves, machine  # noqa: E402
+from benchmarks.gpu import Part  # noqa: E402
+
+
+def python(code):
+    return ("-c", code)
+
+
+def test_parts_end_are_stopped_fail_and_are_taken_up_again(tmp_path, capsys):
+    flag = tmp_path / "flag"
+    parts = {
+        "good": Part("prints", 60, (python("print('one')"), python("print('two')"))),
+        "bad": Part("fails once", 60, (python(f"import os; os.path.exists({str(flag)!r}) or exit(3)"),)),
+        "slow": Part("takes long", 1, (python("import time; time.sleep(60)"),)),
+    }
+    assert gpu.session(parts, tmp_path) == 1
+    ended = json.loads((tmp_path / "session.json").read_text())
+    assert ended["good"]["ended"] == "well" and ended["good"]["machine"]["commit"]
+    assert ended["bad"]["ended"].startswith("with exit status 3 of python -c")
+    assert ended["slow"]["ended"] == "by its limit of 1 s"
+    log = (tmp_path / "good.log").read_text()
+    assert log.index("one") < log.index("$ python -c print('two')") < log.rindex("two")
+    flag.touch()
+    (tmp_path / "good.log").unlink()
+    del parts["slow"]
+    assert gpu.session(parts, tmp_path) == 0
+    assert not (tmp_path / "good.log").exists()  # not run again
+    assert "good: done on" in capsys.readouterr().out
+    assert gpu.session(parts, tmp_path, again=True) == 0 and (tmp_path / "good.log").exists()
+    assert gpu.session({"other": parts["good"]}, tmp_path, minutes=0) == 1
+    assert "not begun" in capsys.readouterr().out
+
+
+def test_results_of_another_commit_are_measured_again(tmp_path, monkeypatch):
+    parts = {"good": Part("prints", 60, (python("print('one')"),))}
+    here = machine.describe("cpu")
+    for commit in ("a" * 40, "b" * 40):
+        monkeypatch.setattr(machine, "describe", lambda device, commit=commit: here | {"commit": commit})
+        assert gpu.session(parts, tmp_path) == 0
+        assert json.loads((tmp_path / "session.json").read_text())["good"]["machine"]["commit"] == commit
+
+
+def test_every_command_of_every_part_is_one_that_there_is():
+    for part in gpu.PARTS.values():
+        for command in part.commands:
+            if command[0] == "-m":
+                done = subprocess.run([sys.executable, "-c", f"import importlib.util as u; assert u.find_spec({command[1]!r})"], cwd=ROOT)  # fmt: skip  # noqa: E501
+                assert done.returncode == 0, command
+            else:
+                assert (ROOT / command[0]).is_file(), command
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers(dest="name")
+    for name in ("attention", "training", "tune"):
+        module = __import__(f"benchmarks.{name}", fromlist=[name])
+        module.add_arguments(commands.add_parser(name))
+    ours = [c[1:] for part in gpu.PARTS.values() for c in part.commands if c[0] == "scripts/benchmark.py"]
+    assert len(ours) == 6
+    for line in ours:
+        parser.parse_args(line)  # exits where it does not understand
+
+
+def test_a_machine_without_a_gpu_is_told_so(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    parser = argparse.ArgumentParser()
+    gpu.add_arguments(parser)
+    with pytest.raises(ValueError, match="there is no GPU here"):
+        gpu.run(parser.parse_args([]))
+    assert gpu.run(parser.parse_args(["--dry-run", "--parts", "tune", "tests"])) == 0
+    said = capsys.readouterr().out
+    assert said.index("python -m pytest tests/gpu") < said.index("benchmark.py tune")
+
+
+def write_run(folder, losses):
+    folder.mkdir()
+    lines = [json.dumps({"step": n + 1, "train/CE loss": loss}) for n, loss in enumerate(losses)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_loss_curves_are_compared_with_the_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "results_folder", lambda device: tmp_path / "results")
+    first = write_run(tmp_path / "reference", [4.0] * 20 + [2.0] * 20)
+    other = write_run(tmp_path / "triton", [4.0] * 20 + [2.1] * 19 + [2.5])
+    assert loss_curves.main([str(first), str(other)]) == 0
+    (row,) = json.loads((tmp_path / "results/loss_curves.json").read_text())["rows"]
+    assert row["steps"] == 40 and row["largest_distance"] == pytest.approx(0.5)
+    assert row["mean_distance"] == pytest.approx((19 * 0.1 + 0.5) / 40)
+    assert (row["end"], row["end_of_reference"]) == (pytest.approx(2.12), pytest.approx(2.0))
+    assert (tmp_path / "results/loss_curves.png").stat().st_size > 1000
+    assert "triton: loss 2.1200 at the end, reference 2.0000" in capsys.readouterr().out
+    short = write_run(tmp_path / "short", [4.0])
+    assert loss_curves.main([str(first), str(short)]) == 2
+    assert "has other steps than" in capsys.readouterr().err
+    assert loss_curves.main([str(first), str(tmp_path)]) == 2
