@@ -9,17 +9,22 @@ kernel on the machine, with the share that attention has of a step, which is wha
 
 from __future__ import annotations
 
+import argparse
 import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from . import attention, machine, training
+import torch
+
+from . import attention, training
+from .training_step import ROOT
 
 SETTING = attention.Setting(B=1, H=8, N=4096, D=128)
 PAPER_ATTENTION = 2.0  # "approximately", exclusive or with sharing is not said
 PAPER_TOKENS = {"standard": 3214, "spattention+sharing": 6167}  # Table 2, four A100
 TYPES = ("spattention", "spattention+sharing")
 MODE = "fwd+bwd"
+SECONDS = 1.5  # for one mode of all kinds of attention
 
 
 def steps(device: str) -> list[training.Setting]:
@@ -29,44 +34,50 @@ def steps(device: str) -> list[training.Setting]:
     return [training.Setting("quickstart", 1024, False)]
 
 
-def run(out: Path, device: str, *, seconds: float = 1.5, note: str | None = None) -> list[Path]:
+def main(args: argparse.Namespace, describe: Callable[[str], dict[str, Any]]) -> None:
     """Measure both, and write ``throughput.json`` and ``throughput.md``.
 
-    :param seconds: for one mode of all kinds of attention.
+    :param args: of ``scripts/reproduce.py``.
+    :raises ValueError: ours is not correct here, or nothing can be compared.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = args.out or ROOT / "runs" / "reproduce" / "throughput"
+    settings = steps(device)
     if device == "cpu":
-        print("No GPU: this times the CPU path, in float32, and the quickstart's model in place of Table 2's.", flush=True)
-    about = machine.describe(device) | ({"note": note} if note else {})
-    rows = attention.measure(SETTING, list(TYPES), device, seconds)
+        print(
+            "No GPU: this times the CPU path, in float32, and the quickstart's model in place of Table 2's.", flush=True
+        )
+    print(f"attention: {SETTING}; training steps: {', '.join(map(str, settings))}", flush=True)
+    if args.dry_run:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    rows = attention.measure(SETTING, list(TYPES), device, SECONDS)
     if wrong := [row["error"] for row in rows if row["contender"] == "ours" and "error" in row]:
         raise ValueError(f"ours is not correct and was not timed: {wrong[0]}")
-    settings = steps(device)
-    training.measure(settings, out, device, note=note)
+    training.measure(settings, out, device)
     stored = json.loads((out / "training.json").read_text())["rows"]
     wanted = {str(setting) for setting in settings}
     results = {
         "format": "spattn_olmoe throughput 1",
-        "machine": about,
+        "machine": describe(device),
         "attention": rows,
         "training": [row for row in stored if row["setting"] in wanted],
     }
-    paths = [out / "throughput.json", out / "throughput.md"]
-    paths[0].write_text(json.dumps(results, indent=1) + "\n")
-    paths[1].write_text(markdown(results))
-    return paths
+    for name, text in (("json", json.dumps(results, indent=1) + "\n"), ("md", markdown(results))):
+        path = out / f"throughput.{name}"
+        path.write_text(text)
+        print(path)
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The report."""
     about = results["machine"]
-    note = f" {about['note']}" if about.get("note") else ""
     lines = [
         "# Throughput",
         "",
         f"{about['device']}, {about['threads']} threads, torch {about['versions']['torch']}, commit "
         f"`{str(about['commit'])[:12]}`{' with changes' if about['changed'] else ''}, {about['date'][:10]}, "
-        f"`{about['command']}`.{note}",
+        f"`{about['command']}`, load average {about['load_average'][0]} at the end.",
         "",
         *_attention_table(results["attention"]),
     ]
@@ -98,7 +109,8 @@ def _attention_table(rows: list[dict[str, Any]]) -> list[str]:
         "| --- | --- | ---: | ---: |",
     ]
     lines += [
-        f"| {pattern} | {contender} | {ms:.3g} | {baseline / ms:.2f}x |" for (pattern, contender), ms in _timed(rows).items()
+        f"| {pattern} | {contender} | {ms:.3g} | {baseline / ms:.2f}x |"
+        for (pattern, contender), ms in _timed(rows).items()
     ]
     missing = [f"- not timed: {r['pattern']}, {r['contender']}: {r['error']}" for r in rows if "error" in r]
     return [

@@ -49,15 +49,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     with user_errors():
         quiet()
-        from benchmarks.machine import describe
-        from spattn_olmoe.reproduction import commands
-
         if args.target == "throughput":
-            from benchmarks import throughput
-
-            commands.throughput(args, throughput)
+            from benchmarks.throughput import main as reproduce
         else:
-            commands.main(args, describe)
+            from spattn_olmoe.reproduction.commands import main as reproduce
+        from benchmarks.machine import describe
+
+        reproduce(args, describe)
 
 
 if __name__ == "__main__":

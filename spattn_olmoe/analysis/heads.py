@@ -64,34 +64,40 @@ class LayerHeads:
                 f"an input of {T} tokens after one of {self.length}: statistics are over inputs of one length"
             )
         self.length = T
+        mask_mod = self.pattern.bind(q, k).mask_mod
         k = k.repeat_interleave(H // k.shape[2], dim=2)
+        b = torch.arange(B if self.pattern.follows_content else 1, device=q.device)[:, None, None, None]
+        h = torch.arange(H, device=q.device)[:, None, None]
+        position = torch.arange(T, device=q.device)
         step = max(1, CHUNK_CELLS // (B * H * T))
         for start in range(0, T, step):
             stop = min(start + step, T)
             scores = torch.einsum("bqhd,bkhd->bhqk", q[:, start:stop].double(), k[:, :stop].double())
-            allowed = self.pattern.mask_rows(start, stop, T, device=q.device)[:, :, :stop]
+            allowed = mask_mod(b, h, position[start:stop, None], position[:stop]).expand(B, H, stop - start, stop)
             self._add_rows(scores * (D**-0.5 if scale is None else scale), allowed, start)
 
     def _add_rows(self, scores: Tensor, allowed: Tensor, start: int) -> None:
-        """Queries from ``start`` on: scores ``(B, H, Q, K)``, allowed ``(H, Q, K)``."""
+        """Queries from ``start`` on: scores and whether they are allowed, ``(B, H, Q, K)``."""
         B, H, Q, K = scores.shape
         live = allowed.any(-1)
         scores = scores.masked_fill(~allowed, float("-inf")).masked_fill(~live[..., None], 0.0)
         weights = scores.softmax(-1) * allowed
-        distance = (torch.arange(start, start + Q)[:, None] - torch.arange(K)).to(scores)
+        distance = (torch.arange(start, start + Q)[:, None] - torch.arange(K)).to(
+            scores
+        )  # negative: not yet to be seen
         own = _entropy(weights)
-        self._sum("live", live.sum(-1).double() * B)
+        self._sum("live", live.sum((0, 2)).double())
         self._sum("entropy", own.sum((0, 2)))
         self._sum("distance", (weights * distance).sum((0, 2, 3)))
         self._sum("weight_std", weights.std(1, correction=0).sum())
         self._sum("pairs", (distance >= 0).sum().double() * B)
         norm = weights.norm(dim=-1)
         for a, b in itertools.combinations(range(H), 2):
-            both = live[a] & live[b]
+            both = live[:, a] & live[:, b]
             dot = (weights[:, a] * weights[:, b]).sum(-1)
             cosine = (dot / (norm[:, a] * norm[:, b]).clamp(min=1e-300)) * both
             divergence = (_entropy((weights[:, a] + weights[:, b]) / 2) - (own[:, a] + own[:, b]) / 2) * both
-            sums = torch.stack([both.sum().double() * B, cosine.sum(), divergence.sum()])
+            sums = torch.stack([both.sum().double(), cosine.sum(), divergence.sum()])
             self._sum(f"pair {a} {b}", sums)
 
     def _sum(self, name: str, value: Tensor) -> None:

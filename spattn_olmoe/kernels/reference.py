@@ -24,9 +24,7 @@ def run(
     return masked_attention(q_BTHD, k_BTGD, v_BTGD, mask, scale)
 
 
-def visible(
-    pattern: Pattern, q_BTHD: Tensor, k_BTGD: Tensor, cu_doc_lens: Tensor | None, head_offset: int
-) -> Tensor:
+def visible(pattern: Pattern, q_BTHD: Tensor, k_BTGD: Tensor, cu_doc_lens: Tensor | None, head_offset: int) -> Tensor:
     """The mask of q's heads, from ``head_offset`` on, documents included: bool ``(1, H, T, T)``.
 
     ``(B, H, T, T)`` where rows of the batch differ: with documents, or under a pattern that follows the content.

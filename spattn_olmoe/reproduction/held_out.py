@@ -64,8 +64,10 @@ def _short_prompts(folder: Path, patterns: list[Pattern], text: HeldOut, losses:
 
 
 def same_mask(a: Pattern, b: Pattern, T: int) -> bool:
-    """Whether two patterns allow the same pairs in inputs of ``T`` tokens."""
+    """Whether two patterns allow the same pairs in inputs of ``T`` tokens, whatever those are."""
     a, b = a.at_length(T), b.at_length(T)
+    if a.follows_content or b.follows_content:
+        return a == b
     tables = interval_table(a), interval_table(b)
     if None not in tables:
         return _clipped(a, T) == _clipped(b, T)

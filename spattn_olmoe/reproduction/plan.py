@@ -36,8 +36,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "longformer": ("attention.type=longformer",),
     "reformer": ("attention.type=reformer",),
     "bigbird": ("attention.type=bigbird",),
+    "reformer_lsh": ("attention.type=reformer", "attention.buckets=lsh"),
+    "bigbird_random": ("attention.type=bigbird", "attention.random_links=seeded"),
 }
-"""What is compared, by name. ``spattention`` is the released code's mask, ``exclusive`` the one of the paper's Eq. 4."""
+"""What is compared, by name. ``spattention`` is the released code's mask, ``exclusive`` the one of the paper's Eq. 4;
+``reformer`` and ``bigbird`` are the released code's stand-ins, ``reformer_lsh`` and ``bigbird_random`` the methods."""
 
 REFERENCE = "spattention"
 """The variant that the others are compared with."""
@@ -80,6 +83,7 @@ TABLES = {
             ("standard", "Standard"),
             ("spattention", "SPAttention"),
         ),
+        extra=("reformer_lsh", "bigbird_random"),
     ),
     "table3": Table(
         ("0p25b1p75b",),
@@ -218,7 +222,8 @@ def plan_runs(
 
 
 def _paper_config(model: str, variant: str) -> Path:
-    name = {"spattention": "spattn", "exclusive": "spattn"}.get(variant, variant)
+    (name,) = (item.removeprefix("attention.type=") for item in VARIANTS[variant] if item.startswith("attention.type="))
+    name = {"spattention": "spattn"}.get(name, name)
     return CONFIGS / f"{model}_{name}.yaml"
 
 

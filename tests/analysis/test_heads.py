@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from spattn_olmoe import build_pattern
 from spattn_olmoe.analysis import heads
 from spattn_olmoe.analysis.heads import DIVERSITIES, LayerHeads, measure_heads, summary
+from spattn_olmoe.kernels import reference
 from spattn_olmoe.olmo.remedies import apply_remedies
 from tests.olmo.tiny import HEADS, LAYERS, VOCAB, tiny
 
@@ -24,10 +25,11 @@ from tests.olmo.tiny import HEADS, LAYERS, VOCAB, tiny
 def dense(q: torch.Tensor, k: torch.Tensor, pattern, scale: float) -> np.ndarray:
     """All attention weights ``(B, H, T, T)``, one row at a time; zeros where a row has no key."""
     B, T, H, _ = q.shape
-    group, mask = H // k.shape[2], pattern.dense_mask(T).numpy()
+    group = H // k.shape[2]
+    mask = reference.visible(pattern.at_length(T), q, k, None, 0).expand(B, H, T, T).numpy()
     weights = np.zeros((B, H, T, T))
     for b, h, i in itertools.product(range(B), range(H), range(T)):
-        keys = np.flatnonzero(mask[h, i])
+        keys = np.flatnonzero(mask[b, h, i])
         if len(keys):
             scores = scale * (k[b, keys, h // group].double() @ q[b, i, h].double()).numpy()
             weights[b, h, i, keys] = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
@@ -75,6 +77,11 @@ def expected(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, flo
         ("gbhalf", {}, 9),  # shorter than in training: heads without any key
         ("bigbird", {}, 14),
         ("eball", {"band_length": "input"}, 11),
+        (
+            "reformer",
+            {"buckets": "lsh", "bucket_size": 4, "n_hashes": 1},
+            15,
+        ),  # a mask of its own in every row of a batch
     ],
 )
 def test_statistics_are_those_of_all_weights(name, options, T, monkeypatch):
@@ -84,8 +91,11 @@ def test_statistics_are_those_of_all_weights(name, options, T, monkeypatch):
     q = 2 * torch.randn(2, T, 4, 8, generator=generator)
     k = torch.randn(2, T, 2, 8, generator=generator)
     found = LayerHeads(pattern.at_length(T))
-    for b in range(2):
-        found.add(q[b : b + 1], k[b : b + 1], scale=0.3)
+    if pattern.follows_content:
+        found.add(q, k, scale=0.3)
+    else:
+        for b in range(2):
+            found.add(q[b : b + 1], k[b : b + 1], scale=0.3)
     entropies, distances, diversity = expected(dense(q, k, pattern, 0.3))
     np.testing.assert_allclose(found.entropy, entropies, rtol=1e-9)
     np.testing.assert_allclose(found.distance, distances, rtol=1e-9)
