@@ -321,7 +321,7 @@ def _paper(name: str) -> list[str]:
         table(["", *(column.label for column in suite.columns), "Average"], body),
         "",
         "One run each. The paper prints no errors: those beside its numbers are the binomial ones of its tasks' full sizes, "
-        f"columns taken as independent. Highest average less lowest, at that: {' '.join(words)}",
+        f"columns and methods taken as independent. Highest average less lowest, at that: {' '.join(words)}",
         "",
     ]
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import runpy
-import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -106,24 +103,8 @@ def test_a_different_start_is_refused():
         check_same_start(changed)
 
 
-def command(monkeypatch, capfd, *words: str) -> tuple[int, str, str]:
-    """``scripts/reproduce.py`` in this process: exit code, output and errors."""
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", *words])
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    handler = signal.getsignal(signal.SIGTERM)
-    code = 0
-    try:
-        runpy.run_path(str(ROOT / "scripts/reproduce.py"), run_name="__main__")
-    except SystemExit as stopped:
-        code = int(stopped.code or 0)
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    return code, *capfd.readouterr()
-
-
-def test_a_dry_run_says_what_it_would_launch(monkeypatch, capfd, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    code, out, _ = command(monkeypatch, capfd, "table2", "--scale", "paper", "--dry-run")
+def test_a_dry_run_says_what_it_would_launch(reproduce, tmp_path):
+    code, out, _ = reproduce("table2", "--scale", "paper", "--dry-run")
     assert code == 0
     assert len(re.findall(r"^torchrun .*scripts/train.py --config configs/table2_", out, re.MULTILINE)) == 5
     assert out.count("scripts/evaluate.py") == 5 and out.count("1,572,864,000 tokens") == 5
@@ -131,13 +112,15 @@ def test_a_dry_run_says_what_it_would_launch(monkeypatch, capfd, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+ONE = ("--seeds", "1", "--variants", "eball")
+
 BAD = {
     "no seeds": (["table3", "--seeds", "0"], "--seeds 0"),
     "no jobs": (["table3", "--jobs", "0"], "--jobs 0"),
     "unknown variant": (["table3", "--variants", "eball,spatention"], "spatention"),
-    "unknown key": (["table3", "--dry-run", "model.n_layer=2"], "n_layers"),
+    "unknown key": (["table3", *ONE, "--dry-run", "model.n_layer=2"], "n_layers"),
     "not in steps": (
-        ["table3", "--dry-run", "trainer.max_duration.unit=epochs", "trainer.max_duration.value=1"],
+        ["table3", *ONE, "--dry-run", "trainer.max_duration.unit=epochs", "trainer.max_duration.value=1"],
         "steps",
     ),
     "a config that is not there": (["table3", "--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -146,10 +129,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_gets_one_line(what, monkeypatch, capfd, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def test_bad_input_gets_one_line(what, reproduce, tmp_path):
     words, needle = BAD[what]
-    code, _, err = command(monkeypatch, capfd, *words)
+    code, _, err = reproduce(*words)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and needle in errors[0] and "Traceback" not in err
     assert not list(tmp_path.iterdir())
@@ -157,7 +139,6 @@ def test_bad_input_gets_one_line(what, monkeypatch, capfd, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("scale", ["paper", "gpu"])
-def test_a_scale_that_needs_a_gpu_says_so(scale, monkeypatch, capfd, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    code, _, err = command(monkeypatch, capfd, "table1", "--scale", scale)
+def test_a_scale_that_needs_a_gpu_says_so(scale, reproduce, tmp_path):
+    code, _, err = reproduce("table1", "--scale", scale)
     assert code == 2 and "needs a GPU" in err and "--dry-run" in err

@@ -37,12 +37,19 @@ def data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
-def start(tiny_yaml: Path, data: Path, cwd: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "scripts/reproduce.py"), "table3", "--config", str(tiny_yaml), "--out", "out"]
-    command += ["--variants", "eball,exclusive", "--seeds", "1", "--jobs", "1"]
-    command += [f"dataset.paths=[{data}/train-*.bin]", f"dataset.tokenizer.identifier={data}/tokenizer.json"]
+@pytest.fixture
+def words(tiny_yaml: Path, data: Path) -> list[str]:
+    """The arguments of a table of two runs."""
+    return [
+        *("table3", "--config", str(tiny_yaml), "--out", "out"),
+        *("--variants", "eball,exclusive", "--seeds", "1", "--jobs", "1"),
+        *(f"dataset.paths=[{data}/train-*.bin]", f"dataset.tokenizer.identifier={data}/tokenizer.json"),
+    ]
+
+
+def start(words: list[str], cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command,
+        [sys.executable, str(ROOT / "scripts/reproduce.py"), *words],
         cwd=cwd,
         env=training_environment(),
         stdout=subprocess.PIPE,
@@ -52,8 +59,8 @@ def start(tiny_yaml: Path, data: Path, cwd: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_killed_and_started_again_it_goes_on(tiny_yaml: Path, data: Path, tmp_path: Path):
-    first = start(tiny_yaml, data, tmp_path)
+def test_killed_and_started_again_it_goes_on(words, reproduce, tmp_path: Path):
+    first = start(words, tmp_path)
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("out/runs/tiny-eball-*/step4/.metadata.json")):
         assert first.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
@@ -62,7 +69,7 @@ def test_killed_and_started_again_it_goes_on(tiny_yaml: Path, data: Path, tmp_pa
     first.communicate()
     assert not list(tmp_path.glob("out/results/*.json"))
 
-    second = start(tiny_yaml, data, tmp_path)
+    second = start(words, tmp_path)
     said, _ = second.communicate(timeout=300)
     assert second.returncode == 0, said
     lines = [line for line in said.splitlines() if line.startswith("[")]
@@ -84,6 +91,6 @@ def test_killed_and_started_again_it_goes_on(tiny_yaml: Path, data: Path, tmp_pa
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/r*/**/*") if path.is_file()}
     shutil.rmtree(next(tmp_path.glob("out/runs/tiny-exclusive-*")))  # a result stands without its checkpoints
-    third, _ = start(tiny_yaml, data, tmp_path).communicate(timeout=300)
-    assert third.count("done before") == 2, third
+    code, third, _ = reproduce(*words)
+    assert code == 0 and third.count("done before") == 2, third
     assert all(path.stat().st_mtime_ns == t for path, t in before.items() if path.exists())
