@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import attention, training
-from .training_step import ROOT
 
 SETTING = attention.Setting(B=1, H=8, N=4096, D=128)
 PAPER_ATTENTION = 2.0  # "approximately", exclusive or with sharing is not said
@@ -41,7 +41,7 @@ def main(args: argparse.Namespace, describe: Callable[[str], dict[str, Any]]) ->
     :raises ValueError: ours is not correct here, or nothing can be compared.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    out = args.out or ROOT / "runs" / "reproduce" / "throughput"
+    out = args.out or Path("runs") / "reproduce" / args.scale
     settings = steps(device)
     if device == "cpu":
         print(

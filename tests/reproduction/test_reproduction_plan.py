@@ -106,9 +106,9 @@ def test_a_different_start_is_refused():
 def test_a_dry_run_says_what_it_would_launch(reproduce, tmp_path):
     code, out, _ = reproduce("table2", "--scale", "paper", "--dry-run")
     assert code == 0
-    assert len(re.findall(r"^torchrun .*scripts/train.py --config configs/table2_", out, re.MULTILINE)) == 5
-    assert out.count("scripts/evaluate.py") == 5 and out.count("1,572,864,000 tokens") == 5
-    assert "7,864,320,000 tokens" in out and "GPU-hours at 25% (assumed, not measured)" in out
+    assert len(re.findall(r"^torchrun .*scripts/train.py --config configs/table2_", out, re.MULTILINE)) == 7
+    assert out.count("scripts/evaluate.py") == 7 and out.count("1,572,864,000 tokens") == 7
+    assert "11,010,048,000 tokens" in out and "GPU-hours at 25% (assumed, not measured)" in out
     assert not list(tmp_path.iterdir())
 
 
