@@ -194,9 +194,9 @@ def _uniform_note(results: dict[str, Any]) -> str:
         f"The paper's sigma comes out as `{name}` at N = {N} with local sharing, and by no other of these definitions and "
         f"lengths{'' if len(found) == 1 else ' but ' + ', '.join(f'`{b}` at N = {a}' for a, b in found[1:])}. There the "
         f"entropies lie {off['standard']:.4f} and {off['spattention']:.4f} above the paper's, and SPAttention's is "
-        f"{lower_by(entropies['standard'], entropies['spattention']):.2f} % below the standard one (paper: 20.20 %). So the "
-        "paper's figures are what nearly uniform attention over these masks has; they need no training. The difference "
-        "between the two types is then that of the masks' sizes."
+        f"{lower_by(entropies['standard'], entropies['spattention']):.2f} % below the standard one (paper: 20.20 %). Figures "
+        "like the paper's therefore arise without training, from attention that is nearly uniform over these masks; what then "
+        "differs between the two types is the size of their masks."
     )
 
 

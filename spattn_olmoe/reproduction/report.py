@@ -107,7 +107,7 @@ def _losses(name: str, c: Comparison) -> list[str]:
                 variant,
                 f"{100 * pairs_of_dense(c.results[variant][0]):.1f} %",
                 f"{by_seed.mean():.4f}" + (f" +- {by_seed.std(ddof=1):.4f}" if len(by_seed) > 1 else ""),
-                *(["", "", ""] if d is None else [f"{d.mean:+.4f}", interval(d), f"{p:.4f}"]),
+                *(["", "", ""] if d is None else [f"{d.mean:+.4f}", interval(d), p_value(p)]),
                 ", ".join(f"{value:.4f}" for value in averages.get(variant, [])),
             ]
         )
@@ -144,6 +144,11 @@ def interval(d: Crossed) -> str:
     return f"{d.interval[0]:+.4f} to {d.interval[1]:+.4f}"
 
 
+def p_value(p: float) -> str:
+    """A p-value in words."""
+    return f"{p:.4f}" if p >= 1e-4 else "< 0.0001"
+
+
 def verdict(d: Crossed, p: float) -> str:
     """Whether losses of two variants, the second less the first's, stand in the order that puts the first before."""
     if p >= statistics.LEVEL:
@@ -170,7 +175,7 @@ def _order(name: str, c: Comparison) -> list[str]:
     if len(order) < 2:
         return []
     body = [
-        [f"{a} before {b}", f"{d.mean:+.4f}", interval(d), f"{p:.4f}", verdict(d, p)] for a, b, d, p in c.order(order)
+        [f"{a} before {b}", f"{d.mean:+.4f}", interval(d), p_value(p), verdict(d, p)] for a, b, d, p in c.order(order)
     ]
     return [
         f"By its printed averages the paper's order is {', '.join(order)}. Held-out loss of neighbours, the second's less the "
