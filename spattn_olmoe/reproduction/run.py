@@ -102,11 +102,14 @@ def run_all(
         if run.name in results:
             say(f"[{number}/{len(runs)}] {_line(results[run.name])}, done before")
     waiting = [run for run in runs if run.name not in results]
+    for run in waiting:
+        if result_file(out, run).exists():
+            say(f"{result_file(out, run)} is of another config and will be replaced")
     children: list[subprocess.Popen[bytes]] = []
     stop = threading.Event()
     with ThreadPoolExecutor(max_workers=jobs) as pool:
         try:
-            futures = {pool.submit(_train, run, scale, children, stop): run for run in waiting}
+            futures = {pool.submit(_train, run, scale, children, stop, say): run for run in waiting}
             for future in as_completed(futures):
                 run, how = futures[future], future.result()
                 result = result_of(run, describe())
@@ -133,24 +136,23 @@ def _line(result: dict[str, Any]) -> str:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def _train(run: Run, scale: Scale, children: list[subprocess.Popen[bytes]], stop: threading.Event) -> str:
+def _train(run: Run, scale: Scale, children: list[subprocess.Popen[bytes]], stop: threading.Event, say: Say) -> str:
     """Bring a run to its last step; in words, where it was resumed."""
     steps = steps_of(run.experiment())
     run.folder.mkdir(parents=True, exist_ok=True)
-    with _only_one(run.folder) as lock:
+    with only_one(run.folder, say) as lock:
         before = trained_steps(run.folder)
         if before >= steps:
             return ", trained before"
         if stop.is_set():
             return ""
-        command = [sys.executable if word == "python" else word for word in train_command(run, scale)]
-        if command[0] == "torchrun":
-            command[:1] = [sys.executable, "-m", "torch.distributed.run"]
-        command = [str(ROOT / word) if word == TRAIN else word for word in command]
+        here = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+        here |= {TRAIN: [str(ROOT / TRAIN)], _relative(run.config): [str(run.config)]}
+        command = [word for said in train_command(run, scale) for word in here.get(said, [said])]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         env = {**os.environ, "PYTHONPATH": path}
         if not scale.needs_gpu:
-            env |= {"OMP_NUM_THREADS": "1"}  # the same sums in the same order on any machine, and with any --jobs
+            env |= {"OMP_NUM_THREADS": "1"}  # the same sums in the same order, however many cores there are
         log = run.folder / "train.log"
         with open(log, "ab") as file:
             # The child holds the lock too: should this process be killed, nobody else trains there before it ends.
@@ -171,10 +173,14 @@ def trained_steps(folder: Path) -> int:
 
 
 @contextmanager
-def _only_one(folder: Path) -> Iterator[int]:
-    """Hold a run's folder, waiting for whoever trains there."""
+def only_one(folder: Path, say: Say) -> Iterator[int]:
+    """Hold a run's folder, waiting for whoever trains there; a file descriptor that holds it as long as it is open."""
     with open(folder / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"{folder} is being trained by another process: waiting for it to end")
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from spattn_olmoe.data import DataConfig, SourceConfig, TokenizerSection, prepare
 from spattn_olmoe.reproduction.comparison import Comparison
+from spattn_olmoe.reproduction.run import only_one
 from tests.conftest import ROOT, training_environment
 
 
@@ -94,3 +95,26 @@ def test_killed_and_started_again_it_goes_on(words, reproduce, tmp_path: Path):
     code, third, _ = reproduce(*words)
     assert code == 0 and third.count("done before") == 2, third
     assert all(path.stat().st_mtime_ns == t for path, t in before.items() if path.exists())
+
+
+def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path: Path):
+    """A killed command may leave its training running, which holds the folder; the next command waits for it."""
+    said: list[str] = []
+    holding = f"import fcntl, sys; f = open({str(tmp_path / 'lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX)"
+    other = subprocess.Popen(
+        [sys.executable, "-c", f"{holding}; print('held', flush=True); sys.stdin.read()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout and other.stdout.readline() == "held\n"
+
+    def let_go(line: str) -> None:
+        said.append(line)
+        other.communicate("")
+
+    with only_one(tmp_path, let_go):
+        assert other.poll() == 0
+    assert len(said) == 1 and "waiting for it to end" in said[0]
+    with only_one(tmp_path, said.append):
+        assert len(said) == 1
