@@ -75,7 +75,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# Throughput",
         "",
-        f"{about['device']}, {about['threads']} threads, torch {about['versions']['torch']}, commit "
+        f"{about['device']}, {about['threads']} thread{'s' if about['threads'] > 1 else ''}, torch {about['versions']['torch']}, commit "
         f"`{str(about['commit'])[:12]}`{' with changes' if about['changed'] else ''}, {about['date'][:10]}, "
         f"`{about['command']}`, load average {about['load_average'][0]} at the end.",
         "",
@@ -84,6 +84,10 @@ def markdown(results: dict[str, Any]) -> str:
     for setting in dict.fromkeys(row["setting"] for row in results["training"]):
         lines += _both([row for row in results["training"] if row["setting"] == setting], results["attention"])
     return "\n".join(lines) + "\n"
+
+
+def _ms(ms: float) -> str:
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
 def _timed(rows: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
@@ -109,7 +113,7 @@ def _attention_table(rows: list[dict[str, Any]]) -> list[str]:
         "| --- | --- | ---: | ---: |",
     ]
     lines += [
-        f"| {pattern} | {contender} | {ms:.3g} | {baseline / ms:.2f}x |"
+        f"| {pattern} | {contender} | {_ms(ms)} | {baseline / ms:.2f}x |"
         for (pattern, contender), ms in _timed(rows).items()
     ]
     missing = [f"- not timed: {r['pattern']}, {r['contender']}: {r['error']}" for r in rows if "error" in r]
