@@ -41,7 +41,8 @@ def _benchmark(*args: str) -> tuple[str, ...]:
 
 def _train(folder: str, *overrides: str) -> tuple[str, ...]:
     save = f"trainer.save_folder={folder}"
-    return ("scripts/train.py", "--config", "configs/quickstart.yaml", save, *overrides)
+    fresh = "trainer.load_strategy=never"  # not the run of an earlier commit
+    return ("scripts/train.py", "--config", "configs/quickstart.yaml", save, fresh, *overrides)
 
 
 _BF16, _FP32 = ("train_module.dp_config.param_dtype=bfloat16",), ("train_module.dp_config.param_dtype=null",)
@@ -53,7 +54,9 @@ _CURVES = {
 
 PARTS = {
     "tests": Part("the kernels against the float64 reference", 1200, (("-m", "pytest", "tests/gpu", "-q", "-x"),)),
-    "attention-quick": Part("attention at the goals' settings", 600, (_benchmark("attention", "--quick", "--missing"),)),
+    "attention-quick": Part(
+        "attention at the goals' settings", 600, (_benchmark("attention", "--quick", "--missing"),)
+    ),
     "training-quick": Part("steps at the paper's settings", 1200, (_benchmark("training", "--quick", "--missing"),)),
     "loss": Part(
         "the quickstart's loss curve with impl=triton, beside the reference's",

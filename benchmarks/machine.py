@@ -16,7 +16,7 @@ import torch
 
 PACKAGES = (
     *("torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "flash-sparse-attn", "ai2-olmo-core"),
-    *("tokenizers", "datasets", "numpy", "pyarrow", "zstandard"),
+    *("tokenizers", "datasets", "numpy", "pyarrow", "zstandard", "lm-eval", "transformers"),
 )
 
 

@@ -152,7 +152,17 @@ def training_markdown(data: dict[str, Any]) -> str:
 
 
 def _training_table(rows: list[Row]) -> list[str]:
-    head = ["attention", "kernel", "tokens/s", "step ratio", "attention ratio", "of step", "MFU", "as if dense", "peak GiB"]
+    head = [
+        "attention",
+        "kernel",
+        "tokens/s",
+        "step ratio",
+        "attention ratio",
+        "of step",
+        "MFU",
+        "as if dense",
+        "peak GiB",
+    ]
     head += ["layers", "waits", "loop"]
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
     timed = {row["attention"]: row for row in rows if "ms" in row}

@@ -4,4 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
 setup test,wandb
-exec "$PY" -m pytest "$@"
+# One process a core, four at most, and a thread each: more threads than cores make PyTorch crawl.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec "$PY" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"

@@ -7,6 +7,9 @@ torchrun scripts/train.py --config configs/1b7b_spattn.yaml --dry-run
 from __future__ import annotations
 
 import argparse
+import os
+
+from rich.console import Console
 
 from spattn_olmoe.cli import user_errors
 
@@ -15,6 +18,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML file, see configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its cost; start nothing")
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="of a dry run: check the layout and estimate memory for so many"
+    )
     parser.add_argument("--show", metavar="key", help="print one value of the resolved config; start nothing")
     parser.add_argument(
         "--verify-data", action="store_true", help="compare the data's hashes with the manifest's first"
@@ -25,8 +31,9 @@ def main() -> None:
         from olmo_core.train import teardown_training_environment
 
         from spattn_olmoe.olmo.config import load_experiment, show
-        from spattn_olmoe.olmo.experiment import check, prepare
+        from spattn_olmoe.olmo.experiment import check, check_layout, prepare
         from spattn_olmoe.olmo.report import dry_run
+        from spattn_olmoe.planning.report import memory_table
 
         if args.show:
             print(show(args.config, args.overrides, args.show))
@@ -34,7 +41,11 @@ def main() -> None:
         config = load_experiment(args.config, args.overrides)
         if args.dry_run:
             check(config)
-            dry_run(config)
+            if args.gpus is not None:
+                check_layout(config, args.gpus)
+            console = Console()
+            dry_run(config, console)
+            console.print(memory_table(config, args.gpus or int(os.environ.get("WORLD_SIZE", "1"))))
             return
         trainer = prepare(config, verify_data=args.verify_data)
     try:

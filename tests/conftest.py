@@ -58,6 +58,7 @@ trainer:
   max_duration: {{value: 12, unit: steps}}
   callbacks:
     checkpointer: {{save_interval: 8, ephemeral_save_interval: 4}}
+    lm_evaluator: {{enabled: false}}
 """)
     return path
 

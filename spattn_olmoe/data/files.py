@@ -10,10 +10,14 @@ from pathlib import Path
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file so that after any crash it is either the old one or the new one, whole."""
     aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        aside.unlink(missing_ok=True)  # half a file on a full disk helps nobody
+        raise
     os.replace(aside, path)
     sync_folder(path.parent)
 

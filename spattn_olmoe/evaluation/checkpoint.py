@@ -19,6 +19,7 @@ from ..data.tokenizer import find_tokenizer, parse_tokenizer, vocab_size
 from ..olmo.attach import layer_patterns, with_band_length
 from ..olmo.fingerprint import FILE_NAME, Fingerprint
 from ..olmo.generation import load_generator, load_tokenizer, read_checkpoint_config, resolve_checkpoint
+from . import ranks
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Checkpoint:
     def load(self, device: str | None = None) -> TransformerGenerationModule:
         """The model with its weights.
 
-        :param device: by default the GPU, where there is one.
+        :param device: by default the GPU, where there is one, and on several ranks each one's own.
         :raises OLMoConfigurationError: files of the checkpoint are missing or cut off, or there is no such device.
         """
         try:
@@ -117,6 +118,10 @@ def _device(name: str) -> torch.device:
         raise OLMoConfigurationError(f"device={name}: not a device; say cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OLMoConfigurationError(f"device={name}: there is no such GPU here; say cpu to do without")
+    if device.index is not None and ranks.world_size() > 1:
+        raise OLMoConfigurationError(
+            f"device={name}: {ranks.world_size()} ranks cannot share it; leave it to each rank"
+        )
     return device
 
 

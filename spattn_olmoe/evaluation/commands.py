@@ -26,10 +26,14 @@ def main(args: argparse.Namespace) -> None:
         logging.getLogger(name).setLevel(level)
     if args.compare:
         _compare(args)
-    elif args.loss:
-        _loss(args, checkpoints, options)
-    else:
-        _suite(args, checkpoints[0], options)
+        return
+    from . import ranks
+
+    with ranks.together():
+        if args.loss:
+            _loss(args, checkpoints, options)
+        else:
+            _suite(args, checkpoints[0], options)
 
 
 def _is_option(word: str) -> bool:
@@ -106,33 +110,37 @@ def _suite(args: argparse.Namespace, checkpoint: str, options: dict[str, Any]) -
 
         lm = SPAttnLM(opened.path, batch_size=args.batch_size, **options)
         results = run.evaluate(lm, suite, manager, from_wheel=offline, limit=args.limit)
+    if results is None:
+        return
     stem = folder / suite.name
-    run.write(results, stem.with_name(f"{stem.name}.json"))
     print(report.markdown(results))
-    print(*[stem.with_name(f"{stem.name}.json"), *report.write_tables(results, stem)], sep="\n")
+    with run.writing_to(folder):
+        run.write(results, stem.with_name(f"{stem.name}.json"))
+        print(*[stem.with_name(f"{stem.name}.json"), *report.write_tables(results, stem)], sep="\n")
 
 
 def _compare(args: argparse.Namespace) -> None:
     from .compare import compare
     from .report import comparison_markdown
-    from .run import read, writable_folder
+    from .run import read, writable_folder, writing_to
 
     a, b = (read(path) for path in args.compare)
     text = comparison_markdown(a, b, compare(a, b))
     print(text)
     if args.out:
         path = writable_folder(args.out) / "comparison.md"
-        path.write_text(text)
+        with writing_to(path.parent):
+            path.write_text(text)
         print(path)
 
 
 def _loss(args: argparse.Namespace, folders: list[str], options: dict[str, Any]) -> None:
     import numpy as np
 
-    from . import loss
+    from . import loss, ranks
     from .checkpoint import Checkpoint
     from .report import attention_name
-    from .run import versions, writable_folder, write
+    from .run import versions, writable_folder, write, writing_to
 
     checkpoints = [Checkpoint.open(folder, band_length=options.get("band_length")) for folder in folders]
     folder = writable_folder(args.out or Path(checkpoints[0].path) / "evaluation")
@@ -154,6 +162,8 @@ def _loss(args: argparse.Namespace, folders: list[str], options: dict[str, Any])
         if runs:
             run["difference_from_first"] = loss.differences(runs[0]["loss"], rows)
         runs.append(run)
+    if ranks.rank() != 0:
+        return
     results = {
         "format": LOSS_FORMAT,
         "data": held_out.directory,
@@ -162,8 +172,9 @@ def _loss(args: argparse.Namespace, folders: list[str], options: dict[str, Any])
         "versions": versions(),
         "checkpoints": runs,
     }
-    write(results, folder / "loss.json")
     text = loss.markdown(results)
-    (folder / "loss.md").write_text(text)
     print(text)
+    with writing_to(folder):
+        write(results, folder / "loss.json")
+        (folder / "loss.md").write_text(text)
     print(folder / "loss.json", folder / "loss.md", sep="\n")

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from olmo_core.exceptions import OLMoConfigurationError
-from tqdm import tqdm
 
 from ..data.manifest import Manifest, verify
-from . import statistics
+from . import ranks, statistics
 from .checkpoint import Checkpoint
 from .compare import NO_DIFFERENCE
 
@@ -76,7 +75,6 @@ def buckets(length: int) -> list[tuple[int, int]]:
     return list(zip(edges, [*edges[1:], length], strict=True))
 
 
-@torch.inference_mode()
 def token_losses(
     checkpoint: Checkpoint, held_out: HeldOut, *, batch_size: int, device: str | None = None
 ) -> np.ndarray:
@@ -87,13 +85,16 @@ def token_losses(
             "only: held-out loss by position does not know documents"
         )
     module = checkpoint.load(device)
-    losses = np.empty((len(held_out.ids), held_out.ids.shape[1] - 1))
-    for start in tqdm(range(0, len(losses), batch_size), desc=Path(checkpoint.path).parent.name):
+
+    @torch.inference_mode()
+    def compute(start: int) -> list[np.ndarray]:
         ids = torch.from_numpy(held_out.ids[start : start + batch_size]).to(module.device)
         logits = module.model_forward(ids)[:, :-1].float()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        losses[start : start + batch_size] = loss.view(len(ids), -1).double().cpu().numpy()
-    return losses
+        return list(loss.view(len(ids), -1).double().cpu().numpy())
+
+    starts = range(0, len(held_out.ids), batch_size)
+    return np.stack(list(ranks.share_out(starts, compute, description=Path(checkpoint.path).parent.name)))
 
 
 def summarise(losses: np.ndarray) -> list[dict[str, Any]]:

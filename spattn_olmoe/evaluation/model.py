@@ -19,8 +19,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from tqdm import tqdm
 
+from . import ranks
 from .checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,9 @@ class SPAttnLM(TemplateLM):
         their beginning; :attr:`truncated` counts them.
     :param band_length: ``train`` or ``input`` instead of what the checkpoint was trained with.
     :param tokenizer: a ``tokenizer.json`` instead of the checkpoint's.
-    :param device: by default the GPU, where there is one.
+    :param device: by default the GPU, where there is one, and on several ranks each one's own.
+
+    lm-eval hands every rank all requests; :mod:`.ranks` shares their batches out.
     """
 
     def __init__(
@@ -103,16 +105,19 @@ class SPAttnLM(TemplateLM):
             self.truncated += len(read) > self.max_length
             rows.setdefault(tuple(read[-self.max_length :]), []).append(index)
 
+        def compute(batch: list[tuple[tuple[int, ...], list[int]]]) -> list[tuple[int, tuple[float, bool]]]:
+            return [
+                (index, _score(logprobs, requests[index][2]))
+                for indices, logprobs in self._last_logprobs(batch, requests)
+                for index in indices
+            ]
+
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        progress = tqdm(total=len(requests), desc="Scoring", disable=disable_tqdm)
-        for batch in self._batches(list(rows.items())):
-            for indices, logprobs in self._last_logprobs(batch, requests):
-                for index in indices:
-                    scores[index] = _score(logprobs, requests[index][2])
-                    if requests[index][0] is not None:
-                        self.cache_hook.add_partial("loglikelihood", requests[index][0], scores[index])
-                progress.update(len(indices))
-        progress.close()
+        batches = list(self._batches(list(rows.items())))
+        for index, score in ranks.share_out(batches, compute, description="Scoring", quiet=disable_tqdm):
+            scores[index] = score
+            if requests[index][0] is not None:
+                self.cache_hook.add_partial("loglikelihood", requests[index][0], score)
         return scores
 
     def _batches(self, rows: list[Row]) -> Iterator[list[Row]]:
@@ -175,17 +180,22 @@ class SPAttnLM(TemplateLM):
             tokens = self.tok_encode(prompt) or [self.eot_token_id]
             self.truncated += len(tokens) > room
             groups.setdefault(json.dumps(options, sort_keys=True), []).append((tuple(tokens[-room:]), index))
-        progress = tqdm(total=len(requests), desc="Generating", disable=disable_tqdm)
         for key, rows in groups.items():
             options = json.loads(key)
-            for batch in self._batches(rows):
-                for (_, index), tokens in zip(
-                    batch, self._continue([tokens for tokens, _ in batch], options), strict=True
-                ):
-                    texts[index] = postprocess_generated_text(self._tokenizer.decode(tokens), options["until"], None)
-                    self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
-                progress.update(len(batch))
-        progress.close()
+
+            def compute(
+                batch: list[tuple[tuple[int, ...], int]], options: dict[str, Any] = options
+            ) -> list[tuple[int, str]]:
+                new = self._continue([tokens for tokens, _ in batch], options)
+                return [
+                    (index, postprocess_generated_text(self._tokenizer.decode(tokens), options["until"], None))
+                    for (_, index), tokens in zip(batch, new, strict=True)
+                ]
+
+            batches = list(self._batches(rows))
+            for index, text in ranks.share_out(batches, compute, description="Generating", quiet=disable_tqdm):
+                texts[index] = text
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
         return texts
 
     def _continue(self, prompts: list[tuple[int, ...]], options: dict[str, Any]) -> list[list[int]]:

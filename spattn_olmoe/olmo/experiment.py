@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from olmo_core.data import NumpyDatasetConfig
 from olmo_core.distributed.parallel import DataParallelType
 from olmo_core.distributed.utils import broadcast_object, get_rank
 from olmo_core.exceptions import OLMoConfigurationError
@@ -21,8 +22,10 @@ from olmo_core.train.train_module import TransformerTrainModuleConfig
 from olmo_core.utils import seed_all
 
 from ..data.manifest import Manifest, verify
+from .attach import layer_patterns
 from .callbacks import CheckpointFiles, MetricsFile, Progress, Throughput
 from .config import ExperimentConfig
+from .evaluators import check_evaluators, check_not_empty, held_out_datasets, label_all_files
 from .fingerprint import FILE_NAME as FINGERPRINT_FILE
 from .fingerprint import Fingerprint, check_checkpoint
 from .generation import TOKENIZER_FILE, find_checkpoint
@@ -68,7 +71,11 @@ def build_trainer(config: ExperimentConfig) -> Trainer:
             trainer_config.callbacks.setdefault(name, callback)
     files = {FINGERPRINT_FILE: Fingerprint.of(model_config).to_json(), **tokenizer_file(config)}
     trainer_config.callbacks["checkpoint_files"] = CheckpointFiles(files)
+    label_all_files(
+        trainer_config, {key: data_files(held_out, key) for key, held_out in held_out_datasets(trainer_config)}
+    )
     trainer = trainer_config.build(train_module, data_loader)
+    check_not_empty(trainer)
     saver = next(c for c in trainer.callbacks.values() if isinstance(c, ConfigSaverCallback))
     saver.config = config.replace(model=model_config).as_config_dict()
     return trainer
@@ -86,7 +93,7 @@ def _has(callbacks: Any, kind: type) -> bool:
 
 def check(config: ExperimentConfig) -> None:
     """Raise an OLMoConfigurationError for what can be seen from the config alone, on any machine."""
-    config.model_with_attention()
+    model = config.model_with_attention()
     T, module = config.sequence_length, config.train_module
     if module.max_sequence_length < T:
         raise OLMoConfigurationError(
@@ -108,6 +115,7 @@ def check(config: ExperimentConfig) -> None:
             f"dataset.tokenizer.vocab_size={vocabulary} is more than model.vocab_size={config.model.vocab_size}: "
             f"set model.vocab_size to at least {config.dataset.tokenizer.padded_vocab_size()}"
         )
+    check_evaluators(config.trainer, module, list(layer_patterns(model)))
 
 
 def check_layout(config: ExperimentConfig, world_size: int) -> None:
@@ -212,28 +220,29 @@ def _check_data_parallel(module: TransformerTrainModuleConfig, ranks: int) -> No
         )
 
 
-def data_files(config: ExperimentConfig) -> list[str]:
-    """The data files of a run, patterns expanded.
+def data_files(dataset: NumpyDatasetConfig, key: str = "dataset") -> list[str]:
+    """The files of a dataset, patterns expanded.
 
+    :param key: where the dataset stands in the config.
     :raises OLMoConfigurationError: there are none.
     """
-    paths = config.dataset.paths
-    if not paths:
-        if config.dataset.mix is not None or getattr(config.dataset, "source_mixture_config", None) is not None:
+    if not dataset.paths:
+        if dataset.mix is not None or getattr(dataset, "source_mixture_config", None) is not None:
             return []
         raise OLMoConfigurationError(
-            "dataset.paths is not set: name the token shards, such as dataset.paths=[data/dclm/train-*.bin]; "
+            f"{key}.paths is not set: name the token shards, such as {key}.paths=[data/dclm/train-*.bin]; "
             "scripts/prepare_data.py makes them"
         )
     files: list[str] = []
-    for path in paths:
+    for path in dataset.paths:
         if is_url(path):
             files.append(path)
             continue
-        found = sorted(glob.glob(path)) if config.dataset.expand_glob else [path] if Path(path).is_file() else []
+        found = sorted(glob.glob(path)) if dataset.expand_glob else [path] if Path(path).is_file() else []
         if not found:
+            without = "" if key == "dataset" else f"; or set {key.rpartition('.')[0]}.enabled=false"
             raise OLMoConfigurationError(
-                f"dataset.paths: {path} does not exist; scripts/prepare_data.py makes token shards"
+                f"{key}.paths: {path} does not exist; scripts/prepare_data.py makes token shards{without}"
             )
         files += found
     return files
@@ -241,28 +250,37 @@ def data_files(config: ExperimentConfig) -> list[str]:
 
 def tokenizer_file(config: ExperimentConfig) -> dict[str, str]:
     """The tokenizer that the data's manifest names, by the name under which checkpoints carry it; empty without one."""
-    folders = data_folders(config)
+    folders = _folders(data_files(config.dataset))
     if not folders:
         return {}
     return {TOKENIZER_FILE: Manifest.load(folders[0]).tokenizer_path.read_text(encoding="utf-8")}
 
 
-def data_folders(config: ExperimentConfig) -> list[Path]:
-    """The local folders that hold a run's data files, each with its manifest."""
-    return sorted({Path(file).parent for file in data_files(config) if not is_url(file)})
+def _folders(files: list[str]) -> list[Path]:
+    """The local folders that hold data files, each with its manifest."""
+    return sorted({Path(file).parent for file in files if not is_url(file)})
 
 
 def check_data(config: ExperimentConfig, *, hashes: bool = False) -> None:
-    """Raise unless the data are there and are what the config says."""
-    for folder in data_folders(config):
-        verify(
-            folder,
-            vocab_size=config.dataset.tokenizer.vocab_size,
-            eos_token_id=config.dataset.tokenizer.eos_token_id,
-            dtype=np.dtype(config.dataset.get_dtype()).name,
-            sequence_length=config.sequence_length,
-            hashes=hashes,
-        )
+    """Raise unless the data are there and are what the config says, held-out data too."""
+    T = config.sequence_length
+    verified: set[Path] = set()
+    for key, dataset, length in [
+        ("dataset", config.dataset, T),
+        *((key, dataset, None) for key, dataset in held_out_datasets(config.trainer)),
+    ]:
+        for folder in _folders(data_files(dataset, key)):
+            if folder in verified and dataset.tokenizer == config.dataset.tokenizer:
+                continue
+            verify(
+                folder,
+                vocab_size=dataset.tokenizer.vocab_size,
+                eos_token_id=dataset.tokenizer.eos_token_id,
+                dtype=np.dtype(dataset.get_dtype()).name,
+                sequence_length=length,
+                hashes=hashes,
+            )
+            verified.add(folder)
 
 
 def check_resume(config: ExperimentConfig) -> None:

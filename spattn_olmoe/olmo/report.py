@@ -15,12 +15,9 @@ from .attach import layer_patterns
 from .config import ExperimentConfig
 from .flops import flops_per_token
 
-_BYTES_PER_PARAMETER = 4 + 4 + 8  # weight, gradient, and two moments of Adam, all float32
-_GIB = 2**30
-
 
 def dry_run(config: ExperimentConfig, console: Console | None = None) -> None:
-    """Print the resolved config and what it costs. Builds the model on the meta device only."""
+    """Print the resolved config and what it computes. Builds the model on the meta device only."""
     console = console or Console()
     plain = json.loads(json.dumps(config.as_config_dict()))  # enums become the text they stand for
     console.print(yaml.safe_dump(plain, sort_keys=False), markup=False, highlight=False, soft_wrap=True)
@@ -31,15 +28,13 @@ def dry_run(config: ExperimentConfig, console: Console | None = None) -> None:
 
 
 def run_table(config: ExperimentConfig) -> Table:
-    """Parameters, FLOPs, tokens and memory of a run."""
+    """Parameters, FLOPs and tokens of a run."""
     model = config.model_with_attention()
     T = config.sequence_length
     flops = flops_per_token(model.build(init_device="meta"), T)
-    state = model.num_params * _BYTES_PER_PARAMETER / _GIB
-    logits = config.train_module.rank_microbatch_size * model.vocab_size * 4 / _GIB
     table = Table("", "", title=config.name, show_header=False, min_width=100)
-    table.add_row("parameters", f"{model.num_params:,} ({_short(model.num_params)})")
-    table.add_row("active parameters", f"{model.num_active_params:,} ({_short(model.num_active_params)})")
+    table.add_row("parameters", f"{model.num_params:,} ({short(model.num_params)})")
+    table.add_row("active parameters", f"{model.num_active_params:,} ({short(model.num_active_params)})")
     table.add_row("FLOPs per token", f"{flops.total:,} (as if attention were dense: {flops.dense:,})")
     table.add_row(
         "attention's share of them",
@@ -47,10 +42,6 @@ def run_table(config: ExperimentConfig) -> Table:
         f"{(flops.dense - flops.total + flops.attention) / flops.dense:.1%})",
     )
     table.add_row("tokens", tokens(config))
-    table.add_row("weights, gradients, Adam", f"{state:,.2f} GiB in all in float32; with fsdp shared by the ranks")
-    table.add_row(
-        "logits of a microbatch", f"{logits:,.2f} GiB in float32 on every rank; other activations not estimated"
-    )
     table.add_row("save folder", config.trainer.save_folder)
     return table
 
@@ -83,13 +74,14 @@ def tokens(config: ExperimentConfig) -> str:
     """The length of a run in words."""
     duration, batch = config.trainer.max_duration, config.data_loader.global_batch_size
     if duration.unit == DurationUnit.steps:
-        return f"{duration.value:,} steps x {batch:,} = {_short(duration.value * batch)}"
+        return f"{duration.value:,} steps x {batch:,} = {short(duration.value * batch)}"
     if duration.unit == DurationUnit.tokens:
-        return f"{_short(duration.value)} in steps of {batch:,}"
+        return f"{short(duration.value)} in steps of {batch:,}"
     return f"{duration.value} epochs in steps of {batch:,}"
 
 
-def _short(n: int) -> str:
+def short(n: int) -> str:
+    """A count in words: 6.92 B."""
     for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if n >= factor:
             return f"{n / factor:.2f} {unit}"

@@ -37,13 +37,18 @@ def test_a_setup_is_measured_in_a_process_of_its_own():
     assert profile["loops_over_experts"] and not profile["waits_in_every_layer"]  # as it is on a CPU
 
 
-def test_a_setup_that_fails_is_an_error_with_its_reason():
-    result = training._run(Job("quickstart.yaml", 64, ("attention.type=nothing",), 1, 1, 1, "cpu"), limit=300)
-    assert "attention.type='nothing' is not an attention type" in result["error"]
+def test_a_setup_that_takes_too_long_is_stopped():
+    result = training._run(Job("quickstart.yaml", 64, TINY, 1, 1, 1, "cpu"), limit=0.2)
+    assert result == {"error": "took more than 0 s"}
 
 
 def test_a_profile_is_judged_by_layers_and_experts():
-    good = {"layers_run": 8, "experts": 64, "waits": {"cudaStreamSynchronize": 3, "aten::item": 60}, "copies_to_host": 1}
+    good = {
+        "layers_run": 8,
+        "experts": 64,
+        "waits": {"cudaStreamSynchronize": 3, "aten::item": 60},
+        "copies_to_host": 1,
+    }
     good["products"] = {"aten::_grouped_mm": 72, "aten::mm": 96}
     assert judge(good) == {"waits_in_every_layer": False, "loops_over_experts": False}
     assert judge(good | {"copies_to_host": 8})["waits_in_every_layer"]
@@ -62,8 +67,15 @@ def fitting(layers_that_fit, asked):
             return {"out_of_memory": "CUDA out of memory"}
         ms = 30.0 if "attention.type=standard" in job.overrides else 10.0
         return {
-            **{"ms": ms, "attention_ms": ms / 10, "attention_share": 0.4, "tokens_per_second": 1e6 / ms, "mfu": 0.25},
-            **{"mfu_as_if_dense": 0.5, "peak": 2**30, "layers": layers, "attention_kernel": "k"},
+            "ms": ms,
+            "attention_ms": ms / 10,
+            "attention_share": 0.4,
+            "tokens_per_second": 1e6 / ms,
+            "mfu": 0.25,
+            "mfu_as_if_dense": 0.5,
+            "peak": 2**30,
+            "layers": layers,
+            "attention_kernel": "k",
         }
 
     return run

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
+import lm_eval.tasks
 import pytest
+
+from spattn_olmoe.evaluation import run
+from spattn_olmoe.evaluation.suites import suite_of_tasks
 
 
 def copy(folder: str, target: Path) -> Path:
@@ -94,3 +99,31 @@ def test_nowhere_to_write(checkpoint_of, expect, tmp_path):
     (tmp_path / "file").touch()
     out = str(tmp_path / "file" / "out")
     expect(["--checkpoint", checkpoint_of("standard"), "--out", out], f"--out {out}: cannot write there")
+
+
+def test_no_space_for_the_results_prints_them_all_the_same(checkpoint_of, evaluate_command, held_out_data, tmp_path):
+    """A limit on the size of files stands in for a full disk: the probe before still fits, the results do not."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    words = ["--checkpoint", checkpoint_of("standard"), "--loss", "--data", str(held_out_data), "--out", str(tmp_path)]
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+        code, out, err = evaluate_command(*words, "--limit", "100", "device=cpu")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and f"--out {tmp_path}: cannot write there (File too large)" in line
+    assert "Held-out loss in nats per token" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_network(checkpoint_of, expect, tmp_path):
+    words = ["--checkpoint", checkpoint_of("standard"), "--tasks", "copa", "--out", str(tmp_path), "offline=false"]
+    expect(
+        words, "offline=false: the data of copa cannot be downloaded", "check the network, or leave out offline=false"
+    )
+
+
+def test_with_network_tasks_are_lm_evals_own():
+    with run.task_manager(suite_of_tasks(["copa", "mmlu_anatomy"]), from_wheel=False) as manager:
+        for name in ("copa", "mmlu_anatomy"):
+            assert str(manager.task_index[name].yaml_path).startswith(str(Path(lm_eval.tasks.__file__).parent))

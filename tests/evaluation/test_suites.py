@@ -74,6 +74,28 @@ def test_every_task_of_the_suites_runs_offline(checkpoint_of):
     )
 
 
+@pytest.mark.parametrize("name", ["table2", "core"])
+def test_a_suite_runs_offline(checkpoint_of, name):
+    results = evaluate(checkpoint_of("eball"), SUITES[name], limit=1, max_length=512)
+    assert [results["measurements"][column.key]["task"] for column in SUITES[name].columns] == [
+        column.task for column in SUITES[name].columns
+    ]
+    assert markdown(results).count("\n| ") > 5
+
+
+def test_table3_has_the_columns_of_table1():
+    assert SUITES["table3"].columns == SUITES["table1"].columns  # which the command line below runs
+
+
+def test_all_of_copa(checkpoint_of):
+    results = evaluate(checkpoint_of("spattention", local_sharing=True), suite_of_tasks(["copa"]))
+    (m,) = results["measurements"].values()
+    acc = m["metrics"]["acc"]
+    assert acc["n"] == FULL_SIZE["copa"] and results["limit"] is None
+    assert acc["stderr"] == pytest.approx((acc["value"] * (1 - acc["value"]) / 99) ** 0.5)
+    assert acc["value"] == np.mean(m["questions"]["copa"]["acc"])
+
+
 def test_groups_and_worked_examples_are_lm_evals_own(checkpoint_of, monkeypatch):
     prompts: list[str] = []
     score = SPAttnLM.loglikelihood

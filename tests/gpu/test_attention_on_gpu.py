@@ -75,6 +75,27 @@ def test_agrees_with_the_reference(name, T, draw):
     assert (actual[0][(expected[0] == 0).all(-1)] == 0).all()
 
 
+RIVALS = {
+    "longformer": {},
+    "bigbird": {},
+    "bigbird, random links": {"random_links": "seeded"},
+    "reformer": {},
+    "reformer, LSH": {"buckets": "lsh"},
+}
+
+
+@pytest.mark.parametrize("with_documents", [False, True])
+@pytest.mark.parametrize("T", [200, 1024])
+@pytest.mark.parametrize("name", RIVALS)
+def test_the_rivals_through_flex_agree_with_the_reference(name, T, with_documents):
+    pattern = build_pattern(name.partition(",")[0], n_heads=8, seq_len=1024, **RIVALS[name])
+    cu_doc_lens = torch.tensor([0, 50, 290, 2 * T], dtype=torch.int32, device="cuda") if with_documents else None
+    xs, d_out = tensors(2, T, 8, 2, 64, torch.float32), torch.randn(2, T, 8, 64, device="cuda")
+    assert choose("cuda", pattern, T, with_documents) == "flex"
+    expected = with_gradients(lambda *x: attention(*x, pattern, "reference", cu_doc_lens), xs, d_out)
+    assert_close(with_gradients(lambda *x: attention(*x, pattern, "auto", cu_doc_lens), xs, d_out), expected, 1e-3)
+
+
 @pytest.mark.parametrize("name", PATTERNS)
 def test_head_offset_and_scale(name):
     pattern = build(name, 8, 500)

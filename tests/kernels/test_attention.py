@@ -218,7 +218,11 @@ DOCUMENTS = (slice(0, 37), slice(37, 100))
 
 @pytest.mark.parametrize(
     ("mask", "impl"),
-    [*((mask, impl) for mask in (*MASKS, *CONTENT) for impl in ("reference", "cpu")), ("eball", "flex"), ("bigbird", "flex")],
+    [
+        *((mask, impl) for mask in (*MASKS, *CONTENT) for impl in ("reference", "cpu")),
+        ("eball", "flex"),
+        ("bigbird", "flex"),
+    ],
 )
 def test_band_length_input_attends_as_a_pattern_of_that_length(mask, impl):
     case = Case(T=50, N=160)

@@ -162,7 +162,7 @@ def test_block_masks_of_documents_are_forgotten_with_them():
     assert len(flex._document_masks) == before
 
 
-@pytest.mark.parametrize("mask", ["spattention+sharing", "bigbird+seeded", "reformer+lsh"])
+@pytest.mark.parametrize("mask", ["spattention+sharing", "reformer", "reformer+lsh"])
 def test_compiled_flex_takes_our_masks(mask):
     """What runs on a GPU is the compiled kernel: masks must survive tracing."""
     case = Case(T=200, N=256, H=4, G=2, B=1, D=16, offset=1, local=2)

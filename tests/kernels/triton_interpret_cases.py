@@ -213,6 +213,39 @@ def test_selective_checkpointing_keeps_the_output_and_does_not_run_the_forward_a
     assert_close((out, *gradients), with_gradients(run, xs, d_out), 1e-6)
 
 
+def test_fsdp_shards_a_layer_around_the_operators(tmp_path):
+    """FSDP2 of one rank: the operators' outputs and gradients are those of the layer by itself."""
+    import copy
+
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    pattern = build("spattention+sharing", 2, 40)
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project = torch.nn.Linear(16, 3 * 32)
+
+        def forward(self, x):
+            q, k, v = (y.unflatten(-1, (2, 16)) for y in self.project(x).chunk(3, dim=-1))
+            return attention(q, k, v, pattern, impl="triton").flatten(-2).sin()
+
+    plain = Layer()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        sharded = fully_shard(copy.deepcopy(plain), mesh=mesh)
+        x = torch.randn(1, 40, 16)
+        out, expected = sharded(x), plain(x)
+        out.square().sum().backward()
+        expected.square().sum().backward()
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(sharded.project.weight.grad.full_tensor(), plain.project.weight.grad)
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("T", [1, 127, 128, 1000])
 @pytest.mark.parametrize("name", ["spattention", "spattention+sharing", "standard", "gbhalf", "fixed"])
 def test_a_plan_names_every_tile_with_a_pair_once_and_no_other(name, T):

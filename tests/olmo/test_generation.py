@@ -34,7 +34,9 @@ SECTIONS = {
     "gbhalf": {"type": "gbhalf"},
     "longformer": {"type": "longformer"},
     "bigbird": {"type": "bigbird"},
+    "bigbird, random links": {"type": "bigbird", "random_links": "seeded", "block_size": 3},
     "reformer": {"type": "reformer"},
+    "reformer, LSH": {"type": "reformer", "buckets": "lsh", "n_hashes": 2},
     "layers differ": {"type": "reformer", "layers": [1]},
 }
 each_section = pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS.keys())
@@ -103,7 +105,8 @@ def test_the_cache_is_really_used():
     assert lengths[-1] == PROMPT + NEW - 1
 
 
-@each_section
+# Not LSH: it hashes after RoPE, so padding, which shifts positions, moves vectors to other buckets (docs/masks.md).
+@pytest.mark.parametrize("section", [s for name, s in SECTIONS.items() if "LSH" not in name])
 def test_a_padded_prompt_goes_on_as_if_it_were_alone(section):
     module = generator_of(section)
     ids, mask = prompts(), torch.ones(2, PROMPT, dtype=torch.bool)

@@ -12,12 +12,12 @@ from olmo_core.nn.moe.mlp import DroplessMoEMLP
 from olmo_core.nn.moe.router import MoELinearRouter
 
 from spattn_olmoe.olmo import apply_remedies
-from spattn_olmoe.olmo.remedies import cpu_moe, expert_gradients, grouped_gemm, release, router_gradients
+from spattn_olmoe.olmo.remedies import cpu_moe, expert_gradients, grouped_gemm, held_out_loss, release, router_gradients
 
 from .remedy_worker import EXPERTS, ROUTER
 from .tiny import BASE, TINY, run_python, tiny, torchrun
 
-REMEDIES = [cpu_moe, grouped_gemm, expert_gradients, router_gradients]
+REMEDIES = [cpu_moe, grouped_gemm, expert_gradients, router_gradients, held_out_loss]
 
 
 # ---- the release -----------------------------------------------------------------------------------------------------
@@ -41,6 +41,7 @@ def test_applying_twice_is_applying_once():
     assert all(x is y for x, y in zip(before, after, strict=True))
     assert cpu_moe._cuda_gather is not cpu_moe.gather
     assert expert_gradients._stock_apply_ep is not expert_gradients.apply_ep
+    assert held_out_loss._stock_eval_batch is not held_out_loss.eval_batch
 
 
 # ---- dropless MoE on a CPU -------------------------------------------------------------------------------------------

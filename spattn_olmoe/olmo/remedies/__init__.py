@@ -4,10 +4,10 @@ Every remedy says what is wrong without it, and refuses to touch another release
 OLMo-core no longer needs it.
 """
 
-from . import cpu_moe, expert_gradients, grouped_gemm, router_gradients
+from . import cpu_moe, expert_gradients, grouped_gemm, held_out_loss, router_gradients
 from .release import TESTED_RELEASE
 
-_REMEDIES = (cpu_moe, grouped_gemm, expert_gradients, router_gradients)
+_REMEDIES = (cpu_moe, grouped_gemm, expert_gradients, router_gradients, held_out_loss)
 
 
 def apply_remedies() -> None:

@@ -1,0 +1,42 @@
+"""Can this machine, or every machine of a job, run a config? Exit code 1 says no.
+
+python scripts/check_env.py --config configs/1b7b_spattn.yaml [key=value ...]
+torchrun --nnodes=2 --nproc_per_node=8 ... scripts/check_env.py --config configs/1b7b_spattn.yaml [key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from spattn_olmoe.cli import quiet, user_errors
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train.py")
+    args = parser.parse_intermixed_args()
+    with user_errors():
+        quiet()
+
+        from spattn_olmoe.environment import FAIL, OK, WARN, check_cluster
+        from spattn_olmoe.olmo.config import load_experiment
+
+        config = load_experiment(args.config, args.overrides)
+        rows = check_cluster(config)
+    if os.environ.get("RANK", "0") == "0":
+        table = Table("check", "", "found", "remedy", title=config.name, min_width=100)
+        style = {OK: "green", WARN: "yellow", FAIL: "bold red"}
+        for row in rows:
+            table.add_row(row.name, f"[{style[row.status]}]{row.status}", row.found, row.remedy)
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
+    return int(any(row.status == FAIL for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""What a run needs on a cluster, and the layout to give it, on paper.
+
+python scripts/plan.py --config configs/1b7b_spattn.yaml --gpus 16 --gpu h100 [key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+
+from spattn_olmoe.cli import quiet, user_errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a YAML file, see configs/")
+    parser.add_argument("--gpus", required=True, type=int, metavar="N", help="GPUs in all")
+    parser.add_argument("--gpu", required=True, help="h100, h200, a100 or b200")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train.py")
+    args = parser.parse_intermixed_args()
+    with user_errors():
+        quiet()
+
+        from spattn_olmoe.olmo.config import load_experiment
+        from spattn_olmoe.olmo.experiment import check
+        from spattn_olmoe.planning import plan
+        from spattn_olmoe.planning.report import print_plan
+
+        config = load_experiment(args.config, args.overrides)
+        check(config)
+        print_plan(plan(config, args.gpus, args.gpu), args.config, args.overrides, Console())
+
+
+if __name__ == "__main__":
+    main()

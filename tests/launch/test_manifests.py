@@ -1,0 +1,87 @@
+"""The Kubernetes manifest and the Dockerfile name only what is there, and agree with each other and with the scripts."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+
+import yaml
+from olmo_core.exceptions import OLMoConfigurationError
+
+from spattn_olmoe import __version__
+from spattn_olmoe.olmo import load_experiment
+from spattn_olmoe.olmo.experiment import check, check_layout
+from tests.conftest import ROOT
+
+LAUNCH = ROOT / "scripts/launch"
+DOCKERFILE = (LAUNCH / "Dockerfile").read_text()
+SERVICE, JOB = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+POD = JOB["spec"]["template"]["spec"]
+(TRAIN,) = POD["containers"]
+(CHECK,) = POD["initContainers"]
+
+
+def test_pods_find_each_other():
+    nodes = JOB["spec"]["completions"]
+    assert JOB["spec"]["completionMode"] == "Indexed" and JOB["spec"]["parallelism"] == nodes
+    assert f"--nnodes={nodes}" in TRAIN["command"]
+    job, service = JOB["metadata"]["name"], SERVICE["metadata"]["name"]
+    assert SERVICE["spec"]["clusterIP"] == "None" and SERVICE["spec"]["selector"] == {"job-name": job}
+    assert POD["subdomain"] == service
+    assert f"--rdzv_endpoint={job}-0.{service}:29500" in TRAIN["command"]
+    gpus = TRAIN["resources"]["limits"]["nvidia.com/gpu"]
+    assert f"--nproc_per_node={gpus}" in TRAIN["command"]
+    assert f"--gpus={nodes * gpus}" in CHECK["args"]
+
+
+def test_its_config_and_layout_are_sound():
+    arguments = TRAIN["args"]
+    (config,) = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
+    overrides = [a for a in arguments if not a.startswith("--")]
+    assert [a for a in CHECK["args"] if not a.startswith("--gpus=")] == arguments
+    experiment = load_experiment(ROOT / config, overrides)
+    check(experiment)
+    check_layout(experiment, JOB["spec"]["completions"] * TRAIN["resources"]["limits"]["nvidia.com/gpu"])
+
+
+def test_a_stopped_pod_has_time_to_save_and_a_wrong_config_is_not_tried_again():
+    (timeout,) = [int(a.partition("=")[2]) for a in TRAIN["command"] if a.startswith("--shutdown-timeout=")]
+    assert timeout < POD["terminationGracePeriodSeconds"]
+    rules = {rule["action"]: rule for rule in JOB["spec"]["podFailurePolicy"]["rules"]}
+    assert rules["FailJob"]["onExitCodes"] == {"containerName": CHECK["name"], "operator": "In", "values": [2]}
+    assert rules["Ignore"]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+
+
+def test_what_is_mounted_is_declared_and_where_the_image_works():
+    (workdir,) = re.findall(r"^WORKDIR (\S+)$", DOCKERFILE, flags=re.MULTILINE)
+    mounts = {mount["name"]: mount["mountPath"] for mount in TRAIN["volumeMounts"]}
+    assert set(mounts) == {volume["name"] for volume in POD["volumes"]}
+    assert mounts["runs"] == f"{workdir}/runs" and mounts["data"] == f"{workdir}/data" and mounts["shm"] == "/dev/shm"
+    assert {CHECK["image"], TRAIN["image"]} == {f"registry.example.com/spattn_olmoe:{__version__}"}
+
+
+def test_nobody_is_root():
+    (user,) = re.findall(r"^USER (\d+):\d+$", DOCKERFILE, flags=re.MULTILINE)
+    assert int(user) == POD["securityContext"]["runAsUser"] > 0 and POD["securityContext"]["runAsNonRoot"]
+    for container in (TRAIN, CHECK):
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+
+def test_the_image_copies_what_is_there_and_the_context_has_it():
+    kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    copied = re.findall(r"^COPY --chown=\S+ (.+) \S+$", DOCKERFILE, flags=re.MULTILINE)
+    assert len(copied) == 5
+    for name in " ".join(copied).split():
+        assert (ROOT / name).exists()
+        assert any(fnmatch.fnmatch(name, f"{pattern}*") for pattern in kept), name
+    (image,) = re.findall(r"^FROM (\S+)$", DOCKERFILE, flags=re.MULTILINE)
+    assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-base-ubuntu\d\d\.04", image)
+
+
+def test_a_wrong_config_would_be_refused():
+    try:
+        check_layout(load_experiment(ROOT / "configs/1b7b_spattn.yaml", ["train_module.dp_config=null"]), 16)
+    except OLMoConfigurationError as error:
+        assert "dp_config" in str(error)
+    else:
+        raise AssertionError("sixteen models of their own were let through")
