@@ -172,7 +172,7 @@ class Run:
 
     :param seed: counted from 0; added to the config's seeds of weights and of data order, so 0 is the config itself.
     :param overrides: everything that the command line adds to ``config``, save folder included.
-    :param key: names the resolved config without its folders: equal keys are the same run.
+    :param key: names what training depends on, see :func:`config_key`: equal keys are the same run.
     """
 
     model: str
@@ -249,9 +249,10 @@ def _first_seeds(config: Path, overrides: tuple[str, ...]) -> tuple[int, int]:
 
 
 def config_key(resolved: dict[str, Any]) -> str:
-    """Twelve hex digits that name a resolved config, wherever it writes."""
+    """Twelve hex digits that name what training depends on: a resolved config without its folders and callbacks."""
     plain = json.loads(json.dumps(resolved))
-    for section, key in (("trainer", "save_folder"), ("dataset", "work_dir"), ("data_loader", "work_dir")):
+    outside = ("trainer", "save_folder"), ("trainer", "callbacks"), ("dataset", "work_dir"), ("data_loader", "work_dir")
+    for section, key in outside:
         plain[section].pop(key, None)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 

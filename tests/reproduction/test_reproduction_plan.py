@@ -52,14 +52,14 @@ def test_seeds_change_weights_and_order_and_nothing_else():
     assert a == b
 
 
-def test_a_key_names_everything_but_folders():
+def test_a_key_names_what_training_depends_on():
     (run,) = plan("table3", "cpu", variants=["eball"])
     (elsewhere,) = plan_runs(TABLES["table1"], SCALES["cpu"], seeds=1, out=Path("there"), variants=["eball"])
     (longer,) = plan("table3", "cpu", variants=["eball"], overrides=["trainer.max_duration.value=7"])
     assert run.key == elsewhere.key != longer.key and run.folder != elsewhere.folder
-    plain = {"trainer": {"save_folder": "a", "x": 1}, "dataset": {}, "data_loader": {}}
+    plain = {"trainer": {"save_folder": "a", "callbacks": {}, "x": 1}, "dataset": {}, "data_loader": {}}
     other = copy.deepcopy(plain)
-    other["trainer"]["save_folder"] = "b"
+    other["trainer"] |= {"save_folder": "b", "callbacks": {"wandb": {"enabled": False}}}
     assert config_key(plain) == config_key(other)
     other["trainer"]["x"] = 2
     assert config_key(plain) != config_key(other)
