@@ -75,7 +75,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# Throughput",
         "",
-        f"{about['device']}, {about['threads']} thread{'s' if about['threads'] > 1 else ''}, torch {about['versions']['torch']}, commit "
+        f"{about['device']}, threads: {about['threads']}, torch {about['versions']['torch']}, commit "
         f"`{str(about['commit'])[:12]}`{' with changes' if about['changed'] else ''}, {about['date'][:10]}, "
         f"`{about['command']}`, load average {about['load_average'][0]} at the end.",
         "",
