@@ -371,8 +371,8 @@ def plot_training(c: Comparison) -> Figure:
         curves = _curves(c, variant)
         steps = np.arange(1, curves.shape[1] + 1) + (_window(c) - 1)
         for axes, values in ((left, curves), (right, curves - reference)):
-            (line,) = axes.plot(steps, values.mean(0), label=variant, linewidth=1.1)
-            axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+            axes.plot(steps, values.mean(0), label=variant, linewidth=1.1, color=_colour(c, variant))
+            axes.fill_between(steps, values.min(0), values.max(0), color=_colour(c, variant), alpha=0.15, linewidth=0)
     left.set(xlabel="step", ylabel="training loss (nats per token)")
     right.set(xlabel="step", ylabel=f"difference from {c.reference}")
     for axes in (left, right):
@@ -380,6 +380,10 @@ def plot_training(c: Comparison) -> Figure:
     left.legend(fontsize=8)
     figure.suptitle(f"{c.model}: running mean of {_window(c)} steps, bands over {_seeds(c)}", fontsize=10)
     return figure
+
+
+def _colour(c: Comparison, variant: str) -> str:
+    return f"C{list(c.results).index(variant)}"
 
 
 def _window(c: Comparison) -> int:
@@ -402,12 +406,11 @@ def plot_context(c: Comparison) -> Figure:
         found = [c.difference(variant, context=i) for i in range(len(labels))]
         place = np.arange(len(labels)) + (n - (len(others) - 1) / 2) * 0.8 / max(len(others), 1)
         reach = [d.interval[1] - d.mean for d in found]
-        axes.errorbar(
-            place, [d.mean for d in found], reach, fmt="o", markersize=4, capsize=2, linewidth=1, label=variant
-        )
+        style = {"fmt": "o", "markersize": 4, "capsize": 2, "linewidth": 1, "color": _colour(c, variant)}
+        axes.errorbar(place, [d.mean for d in found], reach, label=variant, **style)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(labels)), labels)
     axes.set(xlabel="tokens of context", ylabel=f"held-out loss less {c.reference}'s (nats)")
     axes.grid(alpha=0.3, axis="y")
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     return figure
