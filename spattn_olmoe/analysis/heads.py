@@ -185,10 +185,15 @@ def summary(layers: list[LayerHeads]) -> dict[str, Any]:
         "entropy": float(np.mean([np.nanmean(layer.entropy) for layer in layers])),
         "diversity": {name: float(np.mean([d[name] for d in diversities])) for name in DIVERSITIES},
         "layers": [
-            {"entropy": layer.entropy.tolist(), "distance": layer.distance.tolist(), "diversity": diversity}
+            {"entropy": _list(layer.entropy), "distance": _list(layer.distance), "diversity": diversity}
             for layer, diversity in zip(layers, diversities, strict=True)
         ],
     }
+
+
+def _list(values: np.ndarray) -> list[float | None]:
+    """Values as JSON can hold them: None for a head without any key."""
+    return [None if np.isnan(x) else float(x) for x in values]
 
 
 def plot_heads(summaries: dict[str, dict[str, Any]], out: str | Path) -> None:
@@ -197,7 +202,7 @@ def plot_heads(summaries: dict[str, dict[str, Any]], out: str | Path) -> None:
     panels = figure.subplots(len(summaries), 2, squeeze=False)
     for row, (name, found) in zip(panels, summaries.items(), strict=True):
         for axes, key, unit in zip(row, ("entropy", "distance"), ("nats", "tokens"), strict=True):
-            values = np.array([layer[key] for layer in found["layers"]])
+            values = np.array([layer[key] for layer in found["layers"]], dtype=float)
             image = axes.imshow(values, aspect="auto", cmap="viridis")
             axes.set(ylabel="layer", xlabel="head", xticks=range(values.shape[1]), yticks=range(len(values)))
             axes.set_title(f"{name}: mean {'entropy' if key == 'entropy' else 'attended distance'}", fontsize=9)
