@@ -111,8 +111,8 @@ class Store:
         self.data = json.loads(path.read_text()) if path.exists() else {"runs": [], "rows": []}
         self.data["runs"].append(run)
 
-    def add(self, setting: Setting, rows: list[dict[str, Any]]) -> None:
-        """Replace all rows of a setting."""
+    def add(self, setting: object, rows: list[dict[str, Any]]) -> None:
+        """Replace all rows of a setting, which is known by what it prints."""
         kept = [row for row in self.data["rows"] if row["setting"] != str(setting)]
         self.data["rows"] = kept + [row | {"run": len(self.data["runs"]) - 1} for row in rows]
         used = sorted({row["run"] for row in self.data["rows"]})

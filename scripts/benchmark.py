@@ -20,6 +20,7 @@ SUBCOMMANDS = {
     "gpu": "everything that takes a GPU, one part after another, resumable",
     "training": "training steps: standard attention against spattention",
     "evaluation": "scoring under lm-eval, ours against lm-eval's own model of transformers' OLMoE",
+    "parallel": "every parallel layout against one rank: are losses and gradients the same",
     "tune": "tile configurations of the fused kernels on this GPU",
 }
 

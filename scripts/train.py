@@ -31,7 +31,7 @@ def main() -> None:
         from olmo_core.train import teardown_training_environment
 
         from spattn_olmoe.olmo.config import load_experiment, show
-        from spattn_olmoe.olmo.experiment import check, check_layout, prepare
+        from spattn_olmoe.olmo.experiment import check, check_layout, checkpoint_to_load, prepare, with_order_of
         from spattn_olmoe.olmo.report import dry_run
         from spattn_olmoe.planning.report import memory_table
 
@@ -44,7 +44,7 @@ def main() -> None:
             if args.gpus is not None:
                 check_layout(config, args.gpus)
             console = Console()
-            dry_run(config, console)
+            dry_run(with_order_of(config, checkpoint_to_load(config)), console)
             console.print(memory_table(config, args.gpus or int(os.environ.get("WORLD_SIZE", "1"))))
             return
         trainer = prepare(config, verify_data=args.verify_data)

@@ -118,4 +118,5 @@ def test_one_new_file_is_a_new_type(tmp_path):
     command = [sys.executable, "check_doubling_windows.py"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("DoublingWindows(n_heads=6, seq_len=300, band_length='train', shortest=4) attends ")
+    start = "DoublingWindows(n_heads=6, seq_len=300, band_length='train', head_order='natural', shortest=4) attends "
+    assert done.stdout.startswith(start)

@@ -19,6 +19,8 @@ def attention_name(results: dict[str, Any]) -> str:
     names = []
     for layer in results["attention"]:
         options = {k: v for k, v in layer.items() if k not in ("name", "n_heads", "seq_len", "band_length")}
+        if options.get("head_order") == "natural":
+            del options["head_order"]
         names.append(layer["name"] + "".join(f" {k}={v}" for k, v in sorted(options.items())))
     kinds = list(dict.fromkeys(names))
     text = kinds[0] if len(kinds) == 1 else ", ".join(f"{names.count(kind)} layers {kind}" for kind in kinds)

@@ -114,10 +114,10 @@ def _within_documents(mask_mod: MaskMod, doc_start: Tensor | None) -> MaskMod:
 def _build(
     pattern: Pattern, B: int, T: int, H: int, head_offset: int, device: torch.device, doc_start: Tensor | None
 ) -> BlockMask:
-    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    def of_global_heads(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return pattern.mask_mod(b, h + head_offset, q_idx, kv_idx)
 
-    mask_mod = _within_documents(mask_mod, doc_start)
+    mask_mod = _within_documents(of_global_heads, doc_start)
     table = interval_table(pattern)
     if table is None:
         return create_block_mask(mask_mod, None if doc_start is None else B, H, T, T, device=device, BLOCK_SIZE=BLOCK)

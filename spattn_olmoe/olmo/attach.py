@@ -12,11 +12,15 @@ from olmo_core.nn.attention import AttentionConfig
 from olmo_core.nn.transformer import TransformerBlockConfig, TransformerConfig
 
 from ..patterns import Pattern, available_patterns, build_pattern, pattern_options
+from ..patterns.head_order import BALANCED, NATURAL
 from ..patterns.registry import nearest
 from .mixer import PatternAttentionConfig
 
 BASELINE = "standard"
 """The type of layers that ``attention.layers`` leaves out."""
+
+AUTO = "auto"
+"""The value of ``attention.head_order`` that leaves it to the layout, or to the checkpoint that a run goes on from."""
 
 _SECTION = ("type", "seq_len", "impl", "layers")
 
@@ -45,11 +49,14 @@ class AttentionPlan:
         return build_pattern(self.type, n_heads=n_heads, seq_len=self.seq_len, **self.options)
 
 
-def plan_attention(section: Mapping[str, Any], *, seq_len: int) -> AttentionPlan:
+def plan_attention(section: Mapping[str, Any], *, seq_len: int, ranks: int = 1) -> AttentionPlan:
     """Check an ``attention:`` section.
 
     Keys are ``type``, ``seq_len`` (band length, by default the length of training), ``impl``, ``layers`` and the
     options of any attention type: those of other types are allowed and not read, so that one base config serves all.
+    ``head_order: auto`` is ``balanced`` where several ranks share a layer's heads and ``natural`` elsewhere.
+
+    :param ranks: ranks that share the heads: the degrees of tensor and context parallelism, multiplied.
 
     :raises OLMoConfigurationError: a key that no type knows, or a value that does not fit.
     """
@@ -71,6 +78,8 @@ def plan_attention(section: Mapping[str, Any], *, seq_len: int) -> AttentionPlan
                 f"(known: {', '.join(sorted(known))})"
             )
     options = {key: section[key] for key in reads if section.get(key) is not None}
+    if options.get("head_order", AUTO) == AUTO:
+        options["head_order"] = BALANCED if ranks > 1 else NATURAL
     ignored = tuple(sorted(key for key in section if key not in (*_SECTION, *reads)))
     N = section.get("seq_len")
     return AttentionPlan(
@@ -141,7 +150,11 @@ def _with_mixer(block: TransformerBlockConfig, plan: AttentionPlan, d_model: int
         **shared, pattern=plan.type, pattern_options=dict(plan.options), band_seq_len=plan.seq_len, impl=plan.impl
     )
     mixer.validate()
-    mixer.build_pattern()
+    pattern = mixer.build_pattern()
+    if (
+        "head_order" in mixer.pattern_options
+    ):  # the permutation: checkpoints must not depend on what "balanced" makes of it
+        mixer.pattern_options["head_order"] = pattern.to_config()["head_order"]
     out = copy.deepcopy(block)
     out.sequence_mixer = mixer
     return out

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -56,6 +57,12 @@ class ExperimentConfig(Config):
         """Tokens per training sequence."""
         return getattr(self.dataset, "sequence_length", None) or self.train_module.max_sequence_length
 
+    @property
+    def ranks_per_layer(self) -> int:
+        """How many ranks share the heads of a layer: the degrees of tensor and context parallelism, multiplied."""
+        parts = (self.train_module.tp_config, self.train_module.cp_config)
+        return math.prod(part.degree for part in parts if part is not None)
+
     def as_config_dict(self) -> dict[str, Any]:
         """The experiment as JSON can hold it. Unlike OLMo-core's own, with nulls: a null may stand for a default."""
         return self.as_dict(
@@ -68,7 +75,7 @@ class ExperimentConfig(Config):
 
     def plan(self) -> AttentionPlan:
         """The attention section, checked."""
-        return plan_attention(self.attention, seq_len=self.sequence_length)
+        return plan_attention(self.attention, seq_len=self.sequence_length, ranks=self.ranks_per_layer)
 
     def model_with_attention(self) -> TransformerConfig:
         """The model config with its attention patterns in it."""

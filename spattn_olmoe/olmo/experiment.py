@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from olmo_core.distributed.parallel import DataParallelType
 from olmo_core.distributed.utils import broadcast_object, get_rank
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.io import is_url
-from olmo_core.nn.transformer import TransformerBlockConfig
+from olmo_core.nn.transformer import TransformerActivationCheckpointingMode, TransformerBlockConfig
 from olmo_core.train import LoadStrategy, Trainer, prepare_training_environment
 from olmo_core.train.callbacks import ConfigSaverCallback, ConsoleLoggerCallback, SpeedMonitorCallback
 from olmo_core.train.train_module import TransformerTrainModuleConfig
 from olmo_core.utils import seed_all
 
 from ..data.manifest import Manifest, verify
-from .attach import layer_patterns
+from ..patterns.head_order import NATURAL
+from .attach import AUTO, layer_patterns
 from .callbacks import CheckpointFiles, MetricsFile, Progress, Throughput
 from .config import ExperimentConfig
 from .evaluators import check_evaluators, check_not_empty, held_out_datasets, label_all_files
@@ -48,8 +50,7 @@ def prepare(config: ExperimentConfig, *, verify_data: bool = False) -> Trainer:
     prepare_training_environment(
         seed=config.init_seed, backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     )
-    check_resume(config)
-    return build_trainer(config)
+    return build_trainer(check_resume(config))
 
 
 def build_trainer(config: ExperimentConfig) -> Trainer:
@@ -121,8 +122,13 @@ def check(config: ExperimentConfig) -> None:
 def check_layout(config: ExperimentConfig, world_size: int) -> None:
     """Raise unless the parallel layout fits a number of ranks."""
     module, T = config.train_module, config.sequence_length
+    if module.pp_config is not None:
+        raise OLMoConfigurationError(
+            "train_module.pp_config: OLMo-core 3.0.0's pipelines train no model with this train module (its stages reject the "
+            "loss that it hands them): leave it unset and use fsdp or hsdp, with tp_config or cp_config"
+        )
     degree = 1
-    for name in ("tp_config", "cp_config", "pp_config"):
+    for name in ("tp_config", "cp_config"):
         part = getattr(module, name)
         if part is None:
             continue
@@ -132,7 +138,7 @@ def check_layout(config: ExperimentConfig, world_size: int) -> None:
                 f"start a multiple of {degree * part.degree} ranks or lower the degree"
             )
         degree *= part.degree
-    parallel = any(x is not None for x in (module.tp_config, module.cp_config, module.pp_config, module.ep_config))
+    parallel = any(x is not None for x in (module.tp_config, module.cp_config, module.ep_config))
     if world_size > 1 and module.dp_config is None:
         raise OLMoConfigurationError(
             f"train_module.dp_config is not set but {world_size} ranks were started: each would train a model of its own; "
@@ -150,6 +156,7 @@ def check_layout(config: ExperimentConfig, world_size: int) -> None:
     ranks = world_size // degree
     _check_shards(config)
     _check_data_parallel(module, ranks)
+    _check_recomputation(config)
     if config.data_loader.global_batch_size % (ranks * T):
         raise OLMoConfigurationError(
             f"data_loader.global_batch_size={config.data_loader.global_batch_size} (tokens) must be a multiple of "
@@ -220,6 +227,37 @@ def _check_data_parallel(module: TransformerTrainModuleConfig, ranks: int) -> No
         )
 
 
+def _check_recomputation(config: ExperimentConfig) -> None:
+    """Raise unless activation checkpointing leaves a mixture of experts and context parallelism intact."""
+    module, Mode = config.train_module, TransformerActivationCheckpointingMode
+    ac = module.ac_config
+    if ac is None:
+        return
+    instead = "use mode=selected_modules with modules=[blocks.*.feed_forward_moe.experts,blocks.*.attention]"
+    if ac.mode == Mode.budget and not module.compile_model:
+        raise OLMoConfigurationError(
+            f"train_module.ac_config.mode=budget does nothing without train_module.compile_model=true: set it, or {instead}"
+        )
+    if ac.mode in (Mode.full, Mode.selected_blocks, Mode.selected_ops):
+        raise OLMoConfigurationError(
+            f"train_module.ac_config.mode={ac.mode} runs the router again in the backward pass, which counts its losses "
+            f"twice in OLMo-core 3.0.0: {instead}"
+        )
+    for layer in range(config.model.n_layers):
+        for part in ("", ".feed_forward_moe", ".feed_forward_moe.router"):
+            if any(fnmatch(f"blocks.{layer}{part}", pattern) for pattern in ac.modules or ()):
+                raise OLMoConfigurationError(
+                    f"train_module.ac_config.modules={ac.modules} matches blocks.{layer}{part} and with it the router, whose "
+                    "losses would be counted twice: name the experts and the attention, "
+                    "modules=[blocks.*.feed_forward_moe.experts,blocks.*.attention]"
+                )
+        if module.cp_config is not None and any(fnmatch(f"blocks.{layer}.attention", p) for p in ac.modules or ()):
+            raise OLMoConfigurationError(
+                f"train_module.ac_config.modules={ac.modules} matches blocks.{layer}.attention, which OLMo-core 3.0.0 cannot "
+                "recompute under cp_config: leave it out"
+            )
+
+
 def data_files(dataset: NumpyDatasetConfig, key: str = "dataset") -> list[str]:
     """The files of a dataset, patterns expanded.
 
@@ -283,23 +321,41 @@ def check_data(config: ExperimentConfig, *, hashes: bool = False) -> None:
             verified.add(folder)
 
 
-def check_resume(config: ExperimentConfig) -> None:
-    """Raise unless the checkpoint that this run would load has this config's attention and shape."""
+def check_resume(config: ExperimentConfig) -> ExperimentConfig:
+    """Raise unless the checkpoint that this run would load has this config's attention and shape.
+
+    :returns: the config, with the checkpoint's order of heads where it is left open.
+    """
     error = changed = None
     if get_rank() == 0:
         try:
             found = checkpoint_to_load(config)
             if found is not None:
+                config = with_order_of(config, found)
                 changed = check_checkpoint(
                     found, config.model_with_attention(), allow_attention_change=config.allow_attention_change
                 )
         except OLMoConfigurationError as raised:
             error = str(raised)
-    error, changed = broadcast_object((error, changed))
+    error, changed, attention = broadcast_object((error, changed, config.attention))
     if error is not None:
         raise OLMoConfigurationError(error)
     if changed is not None:
         log.warning("allow_attention_change=true: %s", changed)
+    return config.replace(attention=attention)
+
+
+def with_order_of(config: ExperimentConfig, checkpoint: str | None) -> ExperimentConfig:
+    """A config whose ``attention.head_order: auto`` is what a checkpoint of its attention type has.
+
+    The order is part of the function that a model computes, so a run goes on with it under any layout.
+    """
+    fingerprint = Fingerprint.read(checkpoint) if checkpoint is not None else None
+    if fingerprint is None or config.attention.get("head_order", AUTO) not in (AUTO, None):
+        return config
+    orders = (layer.get("head_order", NATURAL) for layer in fingerprint.layers if layer["name"] == config.plan().type)
+    order = next(orders, AUTO)
+    return config.replace(attention={**config.attention, "head_order": order})
 
 
 def checkpoint_to_load(config: ExperimentConfig) -> str | None:

@@ -14,6 +14,7 @@ from cached_path import cached_path
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.transformer import TransformerConfig
 
+from ..patterns import build_pattern
 from .attach import layer_patterns
 
 FILE_NAME = "attention.json"
@@ -57,6 +58,14 @@ class Fingerprint:
         return None
 
 
+def _completed(layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer's pattern with the options that did not exist yet when it was written, at their defaults."""
+    try:
+        return build_pattern(**layer).to_config()
+    except (ValueError, TypeError):  # of a type or with an option that is not known here: it stays what it says
+        return layer
+
+
 def check_checkpoint(checkpoint: str, model: TransformerConfig, *, allow_attention_change: bool) -> str | None:
     """Raise unless a checkpoint's attention and shape are those of ``model``.
 
@@ -77,7 +86,7 @@ def check_checkpoint(checkpoint: str, model: TransformerConfig, *, allow_attenti
                 "use the checkpoint's config, or another trainer.save_folder"
             )
     for layer, (mine, its) in enumerate(zip(here.layers, there.layers, strict=True)):
-        if mine != its:
+        if mine != _completed(its):
             message = (
                 f"checkpoint {checkpoint} was trained with attention {its} in layer {layer} but this config has {mine}"
             )

@@ -6,6 +6,7 @@ Transformers' OLMoE is the published, pre-norm one; so are the models of this pr
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -201,7 +202,7 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: heads before positions in, positions before heads out."""
-    pattern = _pattern(tuple(sorted(module.config.attention_patterns[module.layer_idx].items())))
+    pattern = _pattern(json.dumps(module.config.attention_patterns[module.layer_idx]))
     leftpad = None
     if attention_mask is not None:
         valid = attention_mask.bool()
@@ -226,8 +227,8 @@ def _attend(
 
 
 @functools.cache
-def _pattern(config: tuple[tuple[str, Any], ...]) -> Pattern:
-    return build_pattern(**dict(config))
+def _pattern(config: str) -> Pattern:
+    return build_pattern(**json.loads(config))
 
 
 def _fixed(pattern: Pattern, T: int) -> Pattern:

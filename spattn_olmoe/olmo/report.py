@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 
 import yaml
 from olmo_core.train.common import DurationUnit
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..patterns import Pattern, causal_pairs
+from ..patterns.head_order import imbalance
 from .attach import layer_patterns
 from .config import ExperimentConfig
 from .flops import flops_per_token
@@ -24,7 +26,9 @@ def dry_run(config: ExperimentConfig, console: Console | None = None) -> None:
     model = config.model_with_attention()
     patterns = list(layer_patterns(model))
     console.print(run_table(config))
-    console.print(attention_table(patterns, config.sequence_length, config.plan().ignored))
+    console.print(
+        attention_table(patterns, config.sequence_length, config.plan().ignored, ranks=config.ranks_per_layer)
+    )
 
 
 def run_table(config: ExperimentConfig) -> Table:
@@ -46,12 +50,15 @@ def run_table(config: ExperimentConfig) -> Table:
     return table
 
 
-def attention_table(patterns: list[Pattern], T: int, ignored: tuple[str, ...]) -> Table:
-    """Each attention pattern of a model: options, attended pairs and dead rows for inputs of ``T`` tokens."""
+def attention_table(patterns: list[Pattern], T: int, ignored: tuple[str, ...], *, ranks: int = 1) -> Table:
+    """Each attention pattern of a model: options, attended pairs and dead rows for inputs of ``T`` tokens.
+
+    :param ranks: how many ranks share the heads of a layer.
+    """
     kinds = Counter(patterns)
     table = Table("attention", *(pattern.name for pattern in kinds), min_width=100)
     dense = {pattern: pattern.n_heads * causal_pairs(T) for pattern in kinds}
-    rows = {
+    rows: dict[str, Callable[[Pattern], str]] = {
         "layers": lambda p: str(kinds[p]),
         "options": lambda p: ", ".join(f"{key}={value}" for key, value in p.options.items()),
         "band length N": lambda p: f"{p.seq_len:,}",
@@ -61,6 +68,10 @@ def attention_table(patterns: list[Pattern], T: int, ignored: tuple[str, ...]) -
         ),
         "dead rows": lambda p: f"{p.dead_rows(T):,} of {p.n_heads * T:,} ({p.dead_rows(T) / (p.n_heads * T):.2%})",
     }
+    if ranks > 1:
+        rows[f"busiest of {ranks} ranks"] = lambda p: (
+            f"{imbalance(p.attended_pairs_per_head(T), ranks):.3f} times the mean of their pairs"
+        )
     for name, value in rows.items():
         table.add_row(name, *(value(pattern) for pattern in kinds))
     table.caption = (

@@ -16,6 +16,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from .head_order import NATURAL, checked_order
+
 UNBOUNDED = 2**30
 """Upper end of an interval without one. Far above any length, and safe to add to a position in int32."""
 
@@ -53,11 +55,14 @@ class Pattern(ABC):
     :param seq_len: band length ``N``: the length that bands partition and that window sizes derive from.
     :param band_length: ``"train"``: ``N`` stays what it was in training, whatever the input's length.
         ``"input"``: ``N`` is the input's length, as the paper's released code does it in evaluation.
+    :param head_order: a permutation: head ``h`` attends what head ``head_order[h]`` attends in the ``"natural"`` order.
+        :func:`build_pattern` also takes ``"balanced"``, and makes a permutation of it.
     """
 
     n_heads: int
     seq_len: int
     band_length: str = "train"
+    head_order: str | tuple[int, ...] = NATURAL
 
     name: ClassVar[str] = ""
 
@@ -65,6 +70,10 @@ class Pattern(ABC):
         self._check_whole("n_heads", "seq_len", at_least=1)
         if self.band_length not in ("train", "input"):
             raise ValueError(f"attention.band_length={self.band_length!r}: must be 'train' or 'input'")
+        if self.head_order != NATURAL:
+            order = checked_order(self.head_order, self.n_heads)
+            in_order = order == tuple(range(self.n_heads))  # equal patterns compare equal
+            object.__setattr__(self, "head_order", NATURAL if in_order else order)
 
     def _check_whole(self, *options: str, at_least: int, at_most: int = 2**31 - 1) -> None:
         """Raise a ValueError unless these options are whole numbers in a range."""
@@ -88,13 +97,16 @@ class Pattern(ABC):
 
     @abstractmethod
     def allows(self, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        """Whether query ``q_idx`` may attend key ``kv_idx`` in global head ``h``, causality aside (it is added).
+        """Whether query ``q_idx`` may attend key ``kv_idx`` in head ``h``, causality and order aside (they are added).
 
         Integer tensors that broadcast, in; a bool tensor out. Must be traceable: no branches on tensor values.
         """
 
     def head_intervals(self, h: int) -> list[Interval] | None:
-        """The distances that head ``h`` attends as half-open intervals, or None where they are not at most two."""
+        """The distances that head ``h`` attends as half-open intervals, or None where they are not at most two.
+
+        In the natural order, as :meth:`allows`.
+        """
         return None
 
     @property
@@ -138,7 +150,8 @@ class Pattern(ABC):
         """Keyword arguments with which ``build_pattern`` makes an equal pattern, in a new process as well."""
         module = type(self).__module__
         name = self.name if module.startswith(f"{__package__}.") else f"{module}.{self.name}"
-        return {"name": name, "n_heads": self.n_heads, "seq_len": self.seq_len, **self.options}
+        config = {"name": name, "n_heads": self.n_heads, "seq_len": self.seq_len, **self.options}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
     def at_length(self, T: int) -> Pattern:
         """The pattern that applies to ``T`` tokens: itself, or rebuilt for ``T`` with ``band_length="input"``."""
@@ -158,9 +171,21 @@ class Pattern(ABC):
             raise ValueError(f"{self}: what is attended depends on queries and keys, use bind(q, k)")
 
         def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return (q_idx >= kv_idx) & self.allows(h, q_idx, kv_idx)
+            return (q_idx >= kv_idx) & self.allows(self._in_natural_order(h), q_idx, kv_idx)
 
         return mask_mod
+
+    def _in_natural_order(self, h: Tensor) -> Tensor:
+        """``head_order[h]`` for a tensor of heads; comparisons only, which FlexAttention traces on any device."""
+        out = h
+        for head, natural in enumerate(self._order):
+            if head != natural:
+                out = torch.where(h == head, natural, out)
+        return out
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        return self.head_order if isinstance(self.head_order, tuple) else tuple(range(self.n_heads))
 
     def dense_mask(self, T: int | None = None, device: torch.device | str = "cpu") -> Tensor:
         """The whole mask, bool ``(H, T, T)``: ``[h, i, j]`` is True where query ``i`` attends key ``j``."""
@@ -190,8 +215,13 @@ class Pattern(ABC):
         O(H) for interval patterns. FLOPs and sparsity are computed from it. Where the pattern follows the content it
         is an expected number, rounded; what is expected of the content is said by the pattern.
         """
+        return sum(self.attended_pairs_per_head(T))
+
+    def attended_pairs_per_head(self, T: int | None = None) -> tuple[int, ...]:
+        """:meth:`attended_pairs` of each head, in head order: the load that ranks share under tensor parallelism."""
         T = self.seq_len if T is None else T
-        return _attended_pairs(self.at_length(T), T)
+        pairs = _natural_pairs_per_head(replace(self.at_length(T), head_order=NATURAL), T)
+        return tuple(pairs[h] for h in self._order)
 
     def dead_rows(self, T: int | None = None) -> int:
         """Number of (head, query) rows that have no key at all, of ``H * T``. Their output is zero."""
@@ -206,9 +236,10 @@ class Pattern(ABC):
         nearest = (min((lo for lo, hi in head if hi > lo), default=T) for head in table)
         return sum(min(lo, T) for lo in nearest)
 
-    def _count_pairs(self, T: int) -> int:
-        """Pairs at length ``T`` where there are no intervals: counted row by row unless a subclass has a formula."""
-        return sum(int(rows.sum()) for rows in self._chunks_of_rows(T))
+    def _count_pairs_per_head(self, T: int) -> tuple[int, ...]:
+        """Pairs of each head where there are no intervals: counted row by row unless a subclass has a formula."""
+        counts = [rows.sum((1, 2)).tolist() for rows in self._chunks_of_rows(T)]
+        return tuple(sum(heads) for heads in zip(*counts, strict=True))
 
     def _chunks_of_rows(self, T: int) -> Iterator[Tensor]:
         """The dense mask a few rows at a time, so that counting needs little memory at any length."""
@@ -218,11 +249,11 @@ class Pattern(ABC):
 
 
 @functools.lru_cache(maxsize=512)  # asked for at every layer of every step, to count FLOPs
-def _attended_pairs(pattern: Pattern, T: int) -> int:
+def _natural_pairs_per_head(pattern: Pattern, T: int) -> tuple[int, ...]:
     table = interval_table(pattern)
     if table is None:
-        return pattern._count_pairs(T)
-    return sum(_pairs_in(lo, hi, T) for head in table for lo, hi in head)
+        return pattern._count_pairs_per_head(T)
+    return tuple(sum(_pairs_in(lo, hi, T) for lo, hi in head) for head in table)
 
 
 def causal_pairs(T: int) -> int:
@@ -240,7 +271,7 @@ def _pairs_in(lo: int, hi: int, T: int) -> int:
 def interval_table(pattern: Pattern) -> tuple[tuple[Interval, Interval], ...] | None:
     """:attr:`Pattern.intervals` as Python ints, cached: per head two disjoint ascending intervals, or None."""
     rows = []
-    for h in range(pattern.n_heads):
+    for h in pattern._order:
         intervals = pattern.head_intervals(h)
         if intervals is None:
             return None

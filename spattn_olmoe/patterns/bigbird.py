@@ -94,19 +94,19 @@ class BigBird(Pattern):
             drawn.append(link)
         return allowed
 
-    def _count_pairs(self, T: int) -> int:
+    def _count_pairs_per_head(self, T: int) -> tuple[int, ...]:
         i = torch.arange(T)
         if self.random_links == "seeded":
             b, block = self.block, i // self.block
             window = i - torch.clamp((block - WINDOW_BLOCKS + 1) * b, min=GLOBAL_BLOCKS * b) + 1
             linked = torch.clamp(block - (WINDOW_BLOCKS - 1) - GLOBAL_BLOCKS, min=0, max=RANDOM_BLOCKS) * b
             in_global = torch.clamp(i + 1, max=GLOBAL_BLOCKS * b)
-            return self.n_heads * int((in_global + torch.clamp(window, min=0) + linked).sum())
+            return self.n_heads * (int((in_global + torch.clamp(window, min=0) + linked).sum()),)
         if self.seq_len <= PLAIN_CAUSAL_UP_TO:
-            return self.n_heads * causal_pairs(T)
+            return self.n_heads * (causal_pairs(T),)
         farthest = torch.clamp(i - self.n_global, min=0) // self.stride  # strided distances that reach no global key
         strided = torch.clamp(farthest - self.window // self.stride, min=0)
-        return self.n_heads * int((window_and_global_pairs(T, self.window, self.n_global) + strided).sum())
+        return self.n_heads * (int((window_and_global_pairs(T, self.window, self.n_global) + strided).sum()),)
 
 
 _32_BITS = 2**32 - 1

@@ -38,10 +38,10 @@ class Longformer(Pattern):
         local = q_idx - kv_idx <= self.window
         return (local | (q_idx < self.n_global) | (kv_idx < self.n_global)) & (h >= 0)
 
-    def _count_pairs(self, T: int) -> int:
+    def _count_pairs_per_head(self, T: int) -> tuple[int, ...]:
         if self.seq_len <= PLAIN_CAUSAL_UP_TO:
-            return self.n_heads * causal_pairs(T)
-        return self.n_heads * int(window_and_global_pairs(T, self.window, self.n_global).sum())
+            return self.n_heads * (causal_pairs(T),)
+        return self.n_heads * (int(window_and_global_pairs(T, self.window, self.n_global).sum()),)
 
 
 def window_and_global_pairs(T: int, window: int, n_global: int) -> Tensor:

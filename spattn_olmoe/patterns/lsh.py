@@ -8,6 +8,7 @@ at least one round, and itself only if there are none. Queries and keys are hash
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,13 +25,13 @@ class Hash(NamedTuple):
     n_heads: int
     seed: int
 
-    def buckets(self, x_BTHD: Tensor, head_offset: int = 0) -> Tensor:
-        """The bucket of every vector in every round, int64 ``(rounds, B, H, T)``; heads from ``head_offset`` on."""
-        H, D = x_BTHD.shape[2:]
+    def buckets(self, x_BTHD: Tensor, heads: Sequence[int]) -> Tensor:
+        """The bucket of every vector in every round, int64 ``(rounds, B, H, T)``; ``heads`` says which rotations, ``(H,)``."""
+        D = x_BTHD.shape[-1]
         exact = torch.promote_types(x_BTHD.dtype, torch.float32)
         x = x_BTHD.detach().to(exact)
         rounds = []
-        for rotation in _rotations(self, D, x.device)[:, head_offset : head_offset + H].to(exact):
+        for rotation in _rotations(self, D, x.device)[:, list(heads)].to(exact):
             rotated = torch.einsum("bthd,hdc->bhtc", x, rotation)
             rounds.append(torch.cat([rotated, -rotated], dim=-1).argmax(-1))
         return torch.stack(rounds)
@@ -52,17 +53,20 @@ def bind(
     q_BTHD: Tensor,
     k_BSGD: Tensor,
     *,
-    head_offset: int,
+    heads: Sequence[int],
     q_start: Tensor | int,
     k_start: Tensor | int,
     first: Tensor | int,
 ) -> BoundMask:
-    """The mask of these queries and keys; arguments as in :meth:`.Pattern.bind`. O(T log T) time, O(T) memory."""
+    """The mask of these queries and keys, in O(T log T) time and O(T) memory.
+
+    :param heads: the rotations of the call's heads, see :meth:`Hash.buckets`; the others as in :meth:`.Pattern.bind`.
+    """
     B, T, H, _ = q_BTHD.shape
     S = k_BSGD.shape[1]
     device = q_BTHD.device
-    of_query = hashing.buckets(q_BTHD, head_offset)
-    of_key = hashing.buckets(k_BSGD.repeat_interleave(H // k_BSGD.shape[2], dim=2), head_offset)
+    of_query = hashing.buckets(q_BTHD, heads)
+    of_key = hashing.buckets(k_BSGD.repeat_interleave(H // k_BSGD.shape[2], dim=2), heads)
     q_at, k_at = (torch.as_tensor(start, device=device).expand(B) for start in (q_start, k_start))
 
     # Position of the latest earlier key in the query's bucket: sort keys by (bucket, position), look the query up.

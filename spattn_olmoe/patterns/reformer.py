@@ -67,12 +67,13 @@ class Reformer(Pattern):
     def follows_content(self) -> bool:
         return self.buckets == "lsh"
 
-    def bind(self, q_BTHD: Tensor, k_BSGD: Tensor, **where: Any) -> BoundMask:
+    def bind(self, q_BTHD: Tensor, k_BSGD: Tensor, *, head_offset: int = 0, **where: Any) -> BoundMask:
         if not self.follows_content:
-            return super().bind(q_BTHD, k_BSGD, **where)
+            return super().bind(q_BTHD, k_BSGD, head_offset=head_offset, **where)
+        heads = self._order[head_offset : head_offset + q_BTHD.shape[2]]
         hashing = lsh.Hash(self.n_hashes, self.n_buckets, self.n_heads, self.seed)
-        given = {"head_offset": 0, "q_start": 0, "k_start": 0, "first": 0} | where
-        return lsh.bind(hashing, q_BTHD, k_BSGD, **given)
+        given = {"q_start": 0, "k_start": 0, "first": 0} | where
+        return lsh.bind(hashing, q_BTHD, k_BSGD, heads=heads, **given)
 
     def allows(self, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         if self.seq_len <= PLAIN_CAUSAL_UP_TO:
@@ -87,14 +88,14 @@ class Reformer(Pattern):
     def dead_rows(self, T: int | None = None) -> int:
         return 0 if self.follows_content else super().dead_rows(T)
 
-    def _count_pairs(self, T: int) -> int:
+    def _count_pairs_per_head(self, T: int) -> tuple[int, ...]:
         if self.follows_content:
             apart = (1 - 1 / self.n_buckets) ** self.n_hashes  # probability that no round brings two vectors together
             alone = (1 - apart**T) / (1 - apart)  # queries that meet none of the keys before them
-            return round(self.n_heads * ((1 - apart) * T * (T - 1) / 2 + alone))
+            return self.n_heads * (round((1 - apart) * T * (T - 1) / 2 + alone),)
         if self.seq_len <= PLAIN_CAUSAL_UP_TO:
-            return self.n_heads * causal_pairs(T)
+            return self.n_heads * (causal_pairs(T),)
         d = torch.arange(T)
         step = (3 * d) % self.n_buckets
         near = (step <= 1) | (step == self.n_buckets - 1) | (d <= self.local)
-        return self.n_heads * int((near * (T - d)).sum())
+        return self.n_heads * (int((near * (T - d)).sum()),)

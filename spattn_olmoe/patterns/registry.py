@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from .base import Pattern
+from .head_order import BALANCED, NATURAL, balanced_order
 
 _REGISTRY: dict[str, type[Pattern]] = {}
 
@@ -78,7 +79,8 @@ def build_pattern(name: str, n_heads: int, seq_len: int, **options: Any) -> Patt
     :param name: one of :func:`available_patterns`, or ``module.name`` (see :func:`pattern_class`).
     :param n_heads: query heads ``H`` of the model.
     :param seq_len: band length ``N``, normally the sequence length of training.
-    :param options: the type's own options, and ``band_length``.
+    :param options: the type's own options, ``band_length``, and ``head_order``: ``natural``, a permutation, or
+        ``balanced``, which becomes the permutation of :func:`.head_order.balanced_order` for an input of ``N`` tokens.
     :raises ValueError: unknown name or option, or more heads than tokens.
     """
     cls = pattern_class(name)
@@ -88,10 +90,15 @@ def build_pattern(name: str, n_heads: int, seq_len: int, **options: Any) -> Patt
             raise ValueError(
                 f"attention.{key} is not an option of type {name!r}{nearest(key, known)} (it reads: {', '.join(known)})"
             )
+    balanced = options.get("head_order") == BALANCED
+    if balanced:
+        options["head_order"] = NATURAL
     pattern = cls(n_heads=n_heads, seq_len=seq_len, **options)
     if n_heads > seq_len:
         raise ValueError(
             f"n_heads={n_heads} is more than the band length seq_len={seq_len}: "
             "some heads would have no distance to attend; use fewer heads or a longer sequence"
         )
+    if balanced:
+        return dataclasses.replace(pattern, head_order=balanced_order(pattern.attended_pairs_per_head()))
     return pattern

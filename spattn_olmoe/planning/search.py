@@ -130,11 +130,16 @@ def _layouts(config: ExperimentConfig, ranks: int, refused: Counter[str]) -> Ite
             refused[_reason(str(error))] += 1
             continue
         per_rank = batch // layout.data_ranks
+        recomputable = frozenset(RECOMPUTABLE)
+        if (
+            layout.context > 1
+        ):  # OLMo-core cannot recompute attention under context parallelism; check_layout refuses it
+            recomputable -= {"attention"}
         microbatch = T
         while microbatch <= per_rank:
             if per_rank % microbatch == 0:
                 yield replace(layout, microbatch=microbatch)
-                yield replace(layout, microbatch=microbatch, recomputed=frozenset(RECOMPUTABLE))
+                yield replace(layout, microbatch=microbatch, recomputed=recomputable)
             microbatch *= 2
 
 

@@ -1,5 +1,7 @@
 """Reformer's own attention: buckets of queries and keys, against the paper's rules on one pair at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -140,10 +142,18 @@ def test_nothing_is_kept_from_one_batch_to_the_next_and_nothing_compiled_again()
 def test_rotations_are_of_global_heads_and_seeds():
     x = torch.randn(1, 50, 4, 16)
     hashing = lsh.Hash(2, 8, 4, 0)
-    assert torch.equal(hashing.buckets(x)[:, :, 2:], hashing.buckets(x[:, :, 2:], head_offset=2))
-    assert not torch.equal(hashing.buckets(x), hashing._replace(seed=1).buckets(x))
-    assert 0 <= hashing.buckets(x).min() and hashing.buckets(x).max() == 7
-    assert torch.equal(hashing.buckets(x), hashing.buckets(3 * x))  # directions are hashed, not lengths
+    of_all = hashing.buckets(x, range(4))
+    assert torch.equal(of_all[:, :, 2:], hashing.buckets(x[:, :, 2:], (2, 3)))
+    assert not torch.equal(of_all, hashing._replace(seed=1).buckets(x, range(4)))
+    assert 0 <= of_all.min() and of_all.max() == 7
+    assert torch.equal(of_all, hashing.buckets(3 * x, range(4)))  # directions are hashed, not lengths
+
+
+def test_rotations_follow_the_order_of_heads():
+    order, natural = (2, 0, 3, 1), lsh_pattern(4, 64, n_hashes=2)
+    q, k, v, _ = inputs(Case(T=64, N=64, H=4, G=4, D=16), torch.float32, requires_grad=False)
+    moved = attention(*(x[:, :, order] for x in (q, k, v)), replace(natural, head_order=order), "reference")
+    assert torch.equal(moved, attention(q, k, v, natural, "reference")[:, :, order])
 
 
 def test_a_cache_that_knows_where_every_sequence_is():

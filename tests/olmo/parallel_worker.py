@@ -1,4 +1,4 @@
-"""Trains the tiny model once per entry of a list of runs, all in one process group; losses and gradient norms out.
+"""Trains the tiny model once per entry of a list of runs, all in one process group; what they measured out.
 
 torchrun parallel_worker.py RUNS.json OUT.json
 """
@@ -15,7 +15,9 @@ from olmo_core.train import Trainer, prepare_training_environment, teardown_trai
 
 from spattn_olmoe.olmo import PatternAttention, apply_remedies, load_experiment
 from spattn_olmoe.olmo.callbacks import read_metrics
-from spattn_olmoe.olmo.experiment import build_trainer, check, check_data, check_layout
+from spattn_olmoe.olmo.experiment import build_trainer, check, check_data, check_layout, check_resume
+
+METRICS = ("train/CE loss", "optim/total grad norm", "train/load balancing loss")
 
 
 def forget_head_offsets(trainer: Trainer) -> None:
@@ -35,13 +37,13 @@ def train(base: str, overrides: list[str], forget: bool) -> list[list[float]]:
     check(config)
     check_layout(config, get_world_size())
     check_data(config)
+    config = check_resume(config)
     trainer = build_trainer(config)
     if forget:
         forget_head_offsets(trainer)
     trainer.fit()
     metrics = read_metrics(config.trainer.save_folder)
-    keys = ("train/CE loss", "optim/total grad norm")
-    return [[values[key] for key in keys] for values in metrics.values() if keys[0] in values]
+    return [[values[key] for key in METRICS] for values in metrics.values() if METRICS[0] in values]
 
 
 def main() -> None:

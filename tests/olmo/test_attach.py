@@ -153,7 +153,7 @@ def test_options_of_other_types_are_told_apart():
     section = {"type": "eball", "local_sharing": True, "band_length": "train", "layers": "all"}
     plan = plan_attention(section, seq_len=T)
     assert plan.ignored == ("local_sharing",)
-    assert plan.options == {"band_length": "train"}
+    assert plan.options == {"band_length": "train", "head_order": "natural"}
     assert plan.pattern(4) == build_pattern("eball", n_heads=4, seq_len=T)
     assert plan_attention({**section, "type": "spattention"}, seq_len=T).ignored == ()
 

@@ -36,7 +36,8 @@ def refused(checkpoint, here, *said, allow=False):
 def test_a_fingerprint_names_every_layers_pattern_and_the_shape():
     fingerprint = Fingerprint.of(model(layers=[1], local_sharing=True))
     assert [layer["name"] for layer in fingerprint.layers] == ["standard", "spattention"]
-    expected = {"name": "spattention", "n_heads": HEADS, "seq_len": T, "band_length": "train", "local_sharing": True}
+    options = {"band_length": "train", "head_order": "natural", "local_sharing": True}
+    expected = {"name": "spattention", "n_heads": HEADS, "seq_len": T, **options}
     assert fingerprint.layers[1] == expected
     assert fingerprint.shape == {"d_model": 32, "n_layers": 2, "vocab_size": 64}
 
@@ -62,6 +63,7 @@ DIFFERENCES = {
     "option": ({"local_sharing": False}, {"local_sharing": True}, ["local_sharing", "layer 0"]),
     "band length": ({"seq_len": 32}, {"seq_len": 64}, ["'seq_len': 32", "'seq_len': 64"]),
     "band length's rule": ({}, {"band_length": "input"}, ["'train'", "'input'"]),
+    "order of heads": ({}, {"head_order": "balanced"}, ["'natural'", "[0, 3, 1, 2]"]),
     "one layer": ({}, {"layers": [0]}, ["layer 1", "'standard'"]),
 }
 
@@ -150,3 +152,12 @@ def test_a_checkpoints_own_file_comes_before_its_runs(tmp_path):
     checkpoint = saved(tmp_path / "run" / "step3", model(type="gbhalf"))
     assert check_checkpoint(checkpoint, model(type="gbhalf"), allow_attention_change=False) is None
     refused(checkpoint, model(type="eball"), "'gbhalf'")
+
+
+def test_a_file_from_before_an_option_existed_means_its_default(tmp_path):
+    written = json.loads(Fingerprint.of(model()).to_json())
+    for layer in written["layers"]:
+        del layer["head_order"]
+    (tmp_path / FILE_NAME).write_text(json.dumps(written))
+    assert check_checkpoint(str(tmp_path), model(), allow_attention_change=False) is None
+    refused(str(tmp_path), model(head_order="balanced"), "[0, 3, 1, 2]")

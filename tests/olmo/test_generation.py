@@ -29,6 +29,7 @@ SECTIONS = {
     "standard": {"type": "standard"},
     "exclusive bands": {"type": "spattention"},
     "shared bands": {"type": "spattention", "local_sharing": True},
+    "reordered bands": {"type": "spattention", "head_order": "balanced"},
     "sliding window": {"type": "sliding_window"},
     "eball": {"type": "eball"},
     "gbhalf": {"type": "gbhalf"},

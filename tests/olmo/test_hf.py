@@ -19,6 +19,7 @@ SECTIONS = {
     "standard": {"type": "standard"},
     "exclusive bands": {"type": "spattention"},
     "shared bands": {"type": "spattention", "local_sharing": True},
+    "reordered bands": {"type": "spattention", "head_order": "balanced"},
     "layers differ": {"type": "spattention", "local_sharing": True, "layers": [1]},
     "sliding window": {"type": "sliding_window"},
     "reformer": {"type": "reformer"},

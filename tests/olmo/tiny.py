@@ -101,11 +101,11 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(extra or {})}
 
 
-def torchrun(n_ranks: int, script: Path, *args: str) -> None:
+def torchrun(n_ranks: int, script: Path, *args: str, timeout: float = 400) -> None:
     """Run a script on several ranks of this machine; its failure is the caller's."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
     done = subprocess.run(
-        [*command, str(script), *args], capture_output=True, text=True, env=environment(), timeout=400, cwd=ROOT
+        [*command, str(script), *args], capture_output=True, text=True, env=environment(), timeout=timeout, cwd=ROOT
     )
     if done.returncode:
         raise AssertionError(f"{script.name} on {n_ranks} ranks:\n{done.stdout[-3000:]}\n{done.stderr[-8000:]}")

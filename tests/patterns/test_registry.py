@@ -94,7 +94,7 @@ def test_a_pattern_is_rebuilt_from_its_config(mask):
 
 def test_repr_states_type_and_options():
     text = repr(build_pattern("spattention", n_heads=8, seq_len=1024, local_sharing=True))
-    assert text == "SPAttention(n_heads=8, seq_len=1024, band_length='train', local_sharing=True)"
+    assert text == "SPAttention(n_heads=8, seq_len=1024, band_length='train', head_order='natural', local_sharing=True)"
 
 
 def test_band_length_train_keeps_and_input_follows():
@@ -116,8 +116,9 @@ def test_the_eight_types_are_there():
 
 
 def test_options_of_a_type():
-    assert pattern_options("spattention") == {"band_length": "train", "local_sharing": False}
-    assert pattern_options("eball") == {"band_length": "train"}
+    common = {"band_length": "train", "head_order": "natural"}
+    assert pattern_options("spattention") == {**common, "local_sharing": False}
+    assert pattern_options("eball") == common
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,10 @@ def test_config_of_such_a_type_rebuilds_it_in_a_process_that_has_not_imported_it
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.decode().strip() == "EveryThird(n_heads=2, seq_len=9, band_length='train', first=1)"
+    assert (
+        done.stdout.decode().strip()
+        == "EveryThird(n_heads=2, seq_len=9, band_length='train', head_order='natural', first=1)"
+    )
 
 
 @pytest.mark.parametrize("name", ["no_such_module.mask", ".eball", "eball."])

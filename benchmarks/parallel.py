@@ -1,0 +1,170 @@
+"""Training under every parallel layout against one rank: loss, gradient norm and load-balancing loss, step by step.
+
+No time is measured. Gloo processes on this machine's CPU train the tiny float32 model of the tests for five optimiser steps
+under each layout that is let through, and write the largest relative difference from one rank; layouts that are refused are
+written with their reason. Also measured: what the default granularity of the load-balancing loss adds, and runs that are
+stopped and go on under another layout and on another number of ranks.
+
+    python scripts/benchmark.py parallel            # about ten minutes on two cores
+    python scripts/benchmark.py parallel --report   # the tables of docs/parallelism.md again, from the stored results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from olmo_core.exceptions import OLMoConfigurationError
+
+from spattn_olmoe.olmo.experiment import check_layout
+from spattn_olmoe.patterns import build_pattern
+from spattn_olmoe.patterns.head_order import imbalance
+from tests.olmo import layouts
+from tests.olmo.layouts import ATTENTION, KEYS, LAYOUTS, MICROBATCH, REFUSED, difference
+from tests.olmo.tiny import tiny
+
+from . import machine
+
+RESULT = Path(__file__).parent / "results" / "cpu" / "parallel.json"
+PAGE = Path(__file__).parents[1] / "docs" / "parallelism.md"
+KINDS = ("sharing", "standard")
+LOCAL_BATCH = ("model.block.feed_forward_moe.lb_loss_granularity=local_batch", *ATTENTION["sharing"])
+LOCAL = {  # by number of ranks; the first is what the others are compared with
+    1: {"fsdp": (), "fsdp, microbatches twice as long": (MICROBATCH,)},
+    2: {name: LAYOUTS[2][name] for name in ("fsdp", "hsdp+ep", "fsdp+tp", "fsdp+ulysses")},
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--report", action="store_true", help="write the tables from the stored results")
+
+
+def run(args: argparse.Namespace) -> int:
+    if not args.report:
+        RESULT.write_text(json.dumps({"run": machine.describe("cpu"), **measure()}, indent=1) + "\n")
+    if not RESULT.exists():
+        raise ValueError(f"{RESULT} does not exist: run the benchmark first")
+    PAGE.write_text(filled(PAGE.read_text(), json.loads(RESULT.read_text())))
+    print(f"{RESULT}\n{PAGE}")
+    return 0
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def measure() -> dict[str, Any]:
+    """Rows of all tables."""
+    with tempfile.TemporaryDirectory() as folder:
+        resumed = layouts.Resumed(Path(folder) / "resumed")
+        curves: dict[int, dict[str, layouts.Curve]] = {}
+        for n_ranks, names in LAYOUTS.items():
+            runs: dict[str, dict[str, Any]] = {
+                f"{kind} {name}": {"overrides": [*ATTENTION[kind], *overrides]}
+                for kind in KINDS
+                for name, overrides in names.items()
+            }
+            for name, overrides in LOCAL.get(n_ranks, {}).items():
+                runs[f"local {name}"] = {"overrides": [*LOCAL_BATCH, *overrides]}
+            curves[n_ranks] = layouts.train(
+                Path(folder) / str(n_ranks), n_ranks, {**runs, **resumed.runs(n_ranks)}, timeout=3000
+            )
+        last = layouts.train(Path(folder) / "last", 1, resumed.last(), timeout=600)
+    rows = [
+        {
+            "ranks": n_ranks,
+            "layout": name,
+            "attention": kind,
+            **_against(curves[1], f"{kind} fsdp", found, f"{kind} {name}"),
+        }
+        for n_ranks, found in curves.items()
+        for name in LAYOUTS[n_ranks]
+        for kind in KINDS
+    ]
+    local = [
+        {"ranks": n_ranks, "layout": name, **_against(curves[1], "local fsdp", curves[n_ranks], f"local {name}")}
+        for n_ranks, names in LOCAL.items()
+        for name in names
+    ]
+    resumed_rows = [
+        {"run": name, **dict(zip(KEYS, value, strict=True))}
+        for name, value in resumed.differences(curves, last).items()
+    ]
+    return {"layouts": rows, "refused": refused(), "local_batch": local, "resumed": resumed_rows}
+
+
+def _against(
+    one: dict[str, layouts.Curve], name: str, others: dict[str, layouts.Curve], other: str
+) -> dict[str, float]:
+    return dict(zip(KEYS, difference(one[name], others[other]), strict=True))
+
+
+def refused() -> list[dict[str, Any]]:
+    """The layouts that are refused, with the reason a user reads."""
+    rows = []
+    for name, (n_ranks, overrides) in REFUSED.items():
+        try:
+            check_layout(tiny(*overrides), n_ranks)
+        except OLMoConfigurationError as reason:
+            rows.append({"layout": name, "reason": str(reason)})
+    return rows
+
+
+# ---- the tables ------------------------------------------------------------------------------------------------------
+
+
+def filled(page: str, data: dict[str, Any]) -> str:
+    """The page with its tables made anew, each between two comments that name it."""
+    for name, table in {
+        "layouts": _layouts(data["layouts"]),
+        "refused": ["| layout | what a run says |", "|---|---|"]
+        + [f"| {row['layout']} | {row['reason']} |" for row in data["refused"]],
+        "local_batch": _differences(data["local_batch"], ("ranks", "layout")),
+        "resumed": _differences(data["resumed"], ("run",)),
+        "head_order": head_order_table(),
+    }.items():
+        begin, end = f"<!-- {name}: made by scripts/benchmark.py parallel -->\n", f"\n<!-- end of {name} -->"
+        before, _, rest = page.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"{PAGE} has no place for the table {name!r}: {begin.strip()} ... {end.strip()}")
+        page = before + begin + "\n".join(table) + end + after
+    return page
+
+
+def _layouts(rows: list[dict[str, Any]]) -> list[str]:
+    head = ["ranks", "layout", *(f"{key}, {kind}" for kind in KINDS for key in KEYS)]
+    lines = ["| " + " | ".join(head) + " |", "|---:|---|" + "---:|" * (len(head) - 2)]
+    for ranks, layout in dict.fromkeys((row["ranks"], row["layout"]) for row in rows):
+        mine = {row["attention"]: row for row in rows if (row["ranks"], row["layout"]) == (ranks, layout)}
+        cells = [f"{mine[kind][key]:.0e}" for kind in KINDS for key in KEYS]
+        lines.append(f"| {ranks} | {layout} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _differences(rows: list[dict[str, Any]], names: tuple[str, ...]) -> list[str]:
+    lines = ["| " + " | ".join((*names, *KEYS)) + " |", "|" + "---|" * len(names) + "---:|" * len(KEYS)]
+    return lines + [
+        "| " + " | ".join([*(str(row[name]) for name in names), *(f"{row[key]:.0e}" for key in KEYS)]) + " |"
+        for row in rows
+    ]
+
+
+def head_order_table() -> list[str]:
+    """The busiest rank's attended pairs over the mean, natural order and balanced: arithmetic, not measured."""
+    degrees = (2, 4, 8)
+    lines = [
+        "| heads, band length | attention | " + " | ".join(f"{d} ranks: natural, balanced" for d in degrees) + " |",
+        "|---|---|" + "---:|" * len(degrees),
+    ]
+    for H, N in ((8, 1024), (16, 4096)):
+        for label, sharing in (("exclusive", False), ("sharing", True)):
+            orders = [
+                build_pattern("spattention", H, N, local_sharing=sharing, head_order=order).attended_pairs_per_head()
+                for order in ("natural", "balanced")
+            ]
+            cells = [", ".join(f"{imbalance(pairs, d):.3f}" for pairs in orders) for d in degrees]
+            lines.append(f"| {H}, {N} | {label} | " + " | ".join(cells) + " |")
+    return lines

@@ -1,0 +1,191 @@
+"""Every layout that is let through, by the number of ranks: what ``test_parallel.py`` and the ``parallel`` benchmark train."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .tiny import BASE, TINY, T, run_overrides, torchrun, write_data, write_json
+
+WORKER = Path(__file__).with_name("parallel_worker.py")
+
+SMOOTH = (
+    "model.block.feed_forward_moe.lb_loss_granularity=instance",  # the default is another loss for every layout
+    "train_module.optim.eps=1.0e-3",  # Adam's quotients of tiny gradients do not blow rounding up
+    "attention.head_order=balanced",  # of one rank too, whose default is another
+    "trainer.max_duration.value=5",
+)
+
+FSDP: tuple[str, ...] = ()
+DDP = ("train_module.dp_config.name=ddp",)
+
+
+def hsdp(shard_degree: int) -> tuple[str, ...]:
+    return "train_module.dp_config.name=hsdp", f"train_module.dp_config.shard_degree={shard_degree}"
+
+
+def tp(degree: int) -> tuple[str, ...]:
+    return (f"train_module.tp_config.degree={degree}",)
+
+
+def ulysses(degree: int) -> tuple[str, ...]:
+    return f"train_module.cp_config.degree={degree}", "train_module.cp_config.uly={}"
+
+
+def ep(degree: int) -> tuple[str, ...]:
+    return *hsdp(degree), f"train_module.ep_config.degree={degree}"
+
+
+def recomputing(mode: str, *more: str) -> tuple[str, ...]:
+    return (f"train_module.ac_config.mode={mode}", *(f"train_module.ac_config.{item}" for item in more))
+
+
+EXPERTS = recomputing("selected_modules", "modules=[blocks.*.feed_forward_moe.experts]")
+MODULES = recomputing("selected_modules", "modules=[blocks.*.attention,blocks.*.feed_forward_moe.experts]")
+
+PIPELINE = ("train_module.pp_config.degree=2",)
+
+LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
+    1: {
+        "fsdp": FSDP,
+        "fsdp, recomputing modules": MODULES,
+    },
+    2: {
+        "fsdp": FSDP,
+        "hsdp": hsdp(2),
+        "hsdp of replicas": hsdp(1),
+        "ddp": DDP,
+        "hsdp+ep": ep(2),
+        "fsdp+tp": tp(2),
+        "hsdp+tp": (*hsdp(1), *tp(2)),
+        "fsdp+ulysses": ulysses(2),
+        "hsdp+ulysses": (*hsdp(1), *ulysses(2)),
+        "ddp+ulysses": (*DDP, *ulysses(2)),
+        "hsdp+ep, recomputing modules": (*ep(2), *MODULES),
+        "fsdp+tp, recomputing modules": (*tp(2), *MODULES),
+        "fsdp+ulysses, recomputing experts": (*ulysses(2), *EXPERTS),
+    },
+    4: {
+        "fsdp": FSDP,
+        "hsdp 2x2": hsdp(2),
+        "ddp": DDP,
+        "hsdp+ep 2x2": ep(2),
+        "hsdp+ep 1x4": ep(4),
+        "fsdp+tp 2x2": tp(2),
+        "fsdp+tp 1x4": tp(4),
+        "hsdp+tp 2x2": (*hsdp(2), *tp(2)),
+        "fsdp+ulysses 2x2": ulysses(2),
+        "fsdp+ulysses 1x4": ulysses(4),
+        "hsdp+ulysses 2x2": (*hsdp(2), *ulysses(2)),
+        "ddp+ulysses 2x2": (*DDP, *ulysses(2)),
+        "fsdp+ulysses+tp 1x2x2": (*ulysses(2), *tp(2)),
+        "hsdp+ulysses+tp 1x2x2": (*hsdp(1), *ulysses(2), *tp(2)),
+    },
+}
+"""A product such as 2x2 is data-parallel ranks times the degrees of the rest, in the order of the names."""
+
+ATTENTION = {
+    "exclusive": ("attention.type=spattention", "attention.local_sharing=false"),
+    "sharing": ("attention.type=spattention", "attention.local_sharing=true"),
+    "standard": ("attention.type=standard",),
+}
+
+KEYS = ("loss", "gradient norm", "load-balancing loss")
+Curve = list[list[float]]
+
+
+def train(folder: Path, n_ranks: int, runs: dict[str, dict[str, Any]], *, timeout: float = 400) -> dict[str, Curve]:
+    """:data:`KEYS` of each step of each run, trained one after the other in one launch.
+
+    :param runs: by name: ``overrides`` of the tiny experiment, and optionally ``forget``, whether ranks are made to forget
+        which heads they hold, and ``save_folder``, without which nothing is saved.
+    """
+    data = write_data(folder / "data")
+    tasks = []
+    for i, (name, run) in enumerate(runs.items()):
+        where = run_overrides(Path(run.get("save_folder", folder / str(i))), data)
+        nothing = [] if "save_folder" in run else ["trainer.no_checkpoints=true"]
+        overrides = [*TINY, *SMOOTH, *nothing, *where, *run["overrides"]]
+        tasks.append({"name": name, "base": str(BASE), "overrides": overrides, "forget": run.get("forget", False)})
+    write_json(folder / "runs.json", tasks)
+    torchrun(n_ranks, WORKER, str(folder / "runs.json"), str(folder / "out.json"), timeout=timeout)
+    return json.loads((folder / "out.json").read_text())
+
+
+def difference(one: Curve, other: Curve) -> list[float]:
+    """The largest relative difference over all steps, for each of :data:`KEYS`."""
+    assert len(one) == len(other) > 0
+    return [max(abs(x[i] - y[i]) / abs(x[i]) for x, y in zip(one, other, strict=True)) for i in range(len(KEYS))]
+
+
+class Resumed:
+    """Runs that are stopped and go on under another layout, to be trained in the launches of 1, 2, 4 and again 1 ranks.
+
+    One goes from 1 rank to 2 to 4 to 1, two steps each; others leave it after two steps, on 2 ranks. Nothing says in which
+    order they have their heads: they have that of the checkpoint.
+    """
+
+    COMMON = (*ATTENTION["exclusive"], "attention.head_order=auto", "trainer.max_duration.value=8")
+    ALL = "1 rank, then 2 (fsdp), 4 (hsdp+tp 2x2) and 1"
+    BRANCHES = ("fsdp", "ddp", "hsdp+ep", "fsdp+tp", "fsdp+ulysses")
+
+    def __init__(self, folder: Path, branches: tuple[str, ...] = BRANCHES):
+        self.folder = folder
+        self.branches = branches
+
+    def runs(self, n_ranks: int) -> dict[str, dict[str, Any]]:
+        """What is trained on 1, then 2, then 4 ranks."""
+        if n_ranks == 1:
+            return {"unbroken": {"overrides": self.COMMON}, **self._all(2)}
+        if n_ranks == 4:
+            return self._all(6, *hsdp(2), *tp(2))
+        branches = {
+            self.branch(name): {
+                "overrides": [*self.COMMON, *LAYOUTS[2][name], f"trainer.load_path={self.folder}/all/step2"],
+                "save_folder": str(self.folder / name),
+            }
+            for name in self.branches
+        }
+        return {**branches, **self._all(4)}
+
+    def last(self) -> dict[str, dict[str, Any]]:
+        """What is trained on 1 rank after all others."""
+        return self._all(8)
+
+    def branch(self, name: str) -> str:
+        return f"1 rank, then 2 ({name})"
+
+    def _all(self, stop: int, *layout: str) -> dict[str, dict[str, Any]]:
+        overrides = [*self.COMMON, *layout, f"trainer.hard_stop={{value: {stop}, unit: steps}}"]
+        return {self.ALL: {"overrides": overrides, "save_folder": str(self.folder / "all")}}
+
+    def differences(self, curves: dict[int, dict[str, Curve]], last: dict[str, Curve]) -> dict[str, list[float]]:
+        """By run, how far it is from the unbroken one."""
+        unbroken = curves[1]["unbroken"]
+        branches = (self.branch(name) for name in self.branches)
+        return {
+            self.ALL: difference(unbroken, last[self.ALL]),
+            **{name: difference(unbroken[2:], curves[2][name]) for name in branches},
+        }
+
+
+REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
+    "ddp+tp": (2, (*DDP, *tp(2))),
+    "fsdp+ep": (2, ("train_module.ep_config.degree=2",)),
+    "hsdp+ep+tp": (4, (*ep(2), *tp(2))),
+    "hsdp+ep+ulysses": (4, (*ep(2), *ulysses(2))),
+    "fsdp+ring": (2, ("train_module.cp_config.degree=2", "train_module.cp_config.ring={}")),
+    "fsdp+pipeline": (2, PIPELINE),
+    "fsdp+pipeline+tp": (4, (*PIPELINE, *tp(2))),
+    "hsdp+pipeline": (4, (*PIPELINE, *hsdp(2))),
+    "recomputing everything": (1, recomputing("full")),
+    "recomputing blocks": (1, recomputing("selected_blocks", "block_interval=2")),
+    "recomputing ops": (1, recomputing("selected_ops")),
+    "recomputing routers": (1, recomputing("selected_modules", "modules=[blocks.*.feed_forward_moe*]")),
+    "recomputing within a budget": (1, recomputing("budget", "activation_memory_budget=0.5")),
+    "fsdp+ulysses, recomputing attention": (2, (*ulysses(2), *MODULES)),
+}
+"""What OLMo-core cannot do, or not rightly: number of ranks and overrides. ``check_layout`` says why."""
+
+MICROBATCH = f"train_module.rank_microbatch_size={2 * T}"
