@@ -12,7 +12,6 @@ Run the same command again to go on after any interruption: what is finished is 
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from pathlib import Path
@@ -45,7 +44,6 @@ def _interrupt(*_: object) -> None:
 
 def main() -> None:
     args = parse()
-    os.environ.setdefault("TQDM_DISABLE", "1")  # a line for each run is enough
     signal.signal(signal.SIGTERM, _interrupt)
     with user_errors():
         quiet()

@@ -28,7 +28,7 @@ def measure(folder: Path) -> dict[str, Any]:
     """
     checkpoint = Checkpoint.open(folder)
     text = HeldOut.read(checkpoint)
-    losses = token_losses(checkpoint, text, batch_size=_BATCH)
+    losses = token_losses(checkpoint, text, batch_size=_BATCH, quiet=True)
     rows = summarise(losses)
     for row in rows:
         row["sequences"] = [round(x, _DIGITS) for x in row["sequences"]]
@@ -56,7 +56,7 @@ def _short_prompts(folder: Path, patterns: list[Pattern], text: HeldOut, losses:
     for T in (length // part for part in _SHORT):
         if T < SHORTEST:
             continue
-        short = token_losses(following, HeldOut(text.directory, text.ids[:, :T]), batch_size=_BATCH)
+        short = token_losses(following, HeldOut(text.directory, text.ids[:, :T]), batch_size=_BATCH, quiet=True)
         # With bands as in training a token's loss does not depend on what follows, and has been measured.
         pair = {"train": losses[:, : T - 1].mean(1), "input": short.mean(1)}
         found.append({"length": T, **{key: [round(x, _DIGITS) for x in values] for key, values in pair.items()}})

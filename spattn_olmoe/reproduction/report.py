@@ -406,8 +406,17 @@ def plot_context(c: Comparison) -> Figure:
         found = [c.difference(variant, context=i) for i in range(len(labels))]
         place = np.arange(len(labels)) + (n - (len(others) - 1) / 2) * 0.8 / max(len(others), 1)
         reach = [d.interval[1] - d.mean for d in found]
-        style = {"fmt": "o", "markersize": 4, "capsize": 2, "linewidth": 1, "color": _colour(c, variant)}
-        axes.errorbar(place, [d.mean for d in found], reach, label=variant, **style)
+        axes.errorbar(
+            place,
+            [d.mean for d in found],
+            reach,
+            fmt="o",
+            markersize=4,
+            capsize=2,
+            linewidth=1,
+            color=_colour(c, variant),
+            label=variant,
+        )
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(labels)), labels)
     axes.set(xlabel="tokens of context", ylabel=f"held-out loss less {c.reference}'s (nats)")

@@ -21,7 +21,6 @@ def reproduce(
 
     def command(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["reproduce.py", *words])
-        monkeypatch.setenv("TQDM_DISABLE", "1")
         monkeypatch.chdir(tmp_path)
         handler = signal.getsignal(signal.SIGTERM)
         capfd.readouterr()
