@@ -21,7 +21,8 @@ def main() -> None:
     args = parser.parse_args()
     with user_errors():
         quiet()
-        from spattn_olmoe.olmo.generation import generate, resolve_checkpoint
+        from spattn_olmoe.olmo.checkpoints import resolve_checkpoint
+        from spattn_olmoe.olmo.generation import generate
 
         print(
             generate(

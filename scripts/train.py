@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 
 from rich.console import Console
 
@@ -28,11 +29,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example attention.type=eball")
     args = parser.parse_intermixed_args()
     with user_errors():
-        from olmo_core.train import teardown_training_environment
-
         from spattn_olmoe.olmo.config import load_experiment, show
         from spattn_olmoe.olmo.experiment import check, check_layout, checkpoint_to_load, prepare, with_order_of
         from spattn_olmoe.olmo.report import dry_run
+        from spattn_olmoe.olmo.resilience import fit
         from spattn_olmoe.planning.report import memory_table
 
         if args.show:
@@ -48,10 +48,7 @@ def main() -> None:
             console.print(memory_table(config, args.gpus or int(os.environ.get("WORLD_SIZE", "1"))))
             return
         trainer = prepare(config, verify_data=args.verify_data)
-    try:
-        trainer.fit()  # what fails from here on is no slip of the user's: it keeps its traceback
-    finally:
-        teardown_training_environment()
+    sys.exit(fit(trainer))  # what fails from here on is no slip of the user's: it keeps its traceback
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(tiny_yaml: Path, unbroken: Pat
         assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be stopped"
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM
     again = run_training(tiny_yaml, "attention.type=spattention", cwd=tmp_path)
     assert again.returncode == 0, again.stderr[-3000:]
     assert losses(run) == losses(unbroken)

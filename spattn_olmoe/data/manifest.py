@@ -165,6 +165,14 @@ def verify(
     return manifest
 
 
+def verify_shard(manifest: Manifest, shard: Shard) -> None:
+    """Read every byte of one shard: its SHA-256, and that every id is in the vocabulary.
+
+    :raises DataError: it is not what the manifest says.
+    """
+    _check_shard(manifest, shard, hashes=True)
+
+
 def _check_tokenizer(manifest: Manifest, hashes: bool) -> None:
     path = manifest.tokenizer_path
     if not path.is_file():

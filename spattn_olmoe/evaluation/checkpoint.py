@@ -17,8 +17,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ..data.config import TokenizerSection
 from ..data.tokenizer import find_tokenizer, parse_tokenizer, vocab_size
 from ..olmo.attach import layer_patterns, with_band_length
+from ..olmo.checkpoints import resolve_checkpoint
 from ..olmo.fingerprint import FILE_NAME, Fingerprint
-from ..olmo.generation import load_generator, load_tokenizer, read_checkpoint_config, resolve_checkpoint
+from ..olmo.generation import load_generator, load_tokenizer, read_checkpoint_config
 from . import ranks
 
 

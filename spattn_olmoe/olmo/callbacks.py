@@ -241,6 +241,10 @@ class WandB(WandBCallback):
         if os.environ.get("WANDB_API_KEY"):  # looking for cancel tags takes the API
             super().post_step()
 
+    def check_if_canceled(self) -> None:
+        with self._never_fatal("look for cancel tags"):
+            super().check_if_canceled()
+
     def finalize(self, exit_code: int = 0) -> None:
         if not self._finalized:
             self._finalized = True

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import glob
+import json
 import logging
 import os
 from fnmatch import fnmatch
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +17,33 @@ from olmo_core.data import NumpyDatasetConfig
 from olmo_core.distributed.parallel import DataParallelType
 from olmo_core.distributed.utils import broadcast_object, get_rank
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.io import is_url
+from olmo_core.io import is_url, normalize_path
 from olmo_core.nn.transformer import TransformerActivationCheckpointingMode, TransformerBlockConfig
 from olmo_core.train import LoadStrategy, Trainer, prepare_training_environment
 from olmo_core.train.callbacks import ConfigSaverCallback, ConsoleLoggerCallback, SpeedMonitorCallback
 from olmo_core.train.train_module import TransformerTrainModuleConfig
 from olmo_core.utils import seed_all
 
-from ..data.manifest import Manifest, verify
+from ..data.errors import DataError
+from ..data.manifest import Manifest, verify, verify_shard
+from ..data.writer import Shard
 from ..patterns.head_order import NATURAL
 from .attach import AUTO, layer_patterns
 from .callbacks import CheckpointFiles, MetricsFile, Progress, Throughput
+from .checkpoints import Checksums, find_checkpoint
 from .config import ExperimentConfig
 from .evaluators import check_evaluators, check_not_empty, held_out_datasets, label_all_files
 from .fingerprint import FILE_NAME as FINGERPRINT_FILE
 from .fingerprint import Fingerprint, check_checkpoint
-from .generation import TOKENIZER_FILE, find_checkpoint
+from .generation import TOKENIZER_FILE
 from .mixer import PatternAttentionConfig
+from .ranks import first_problem
 from .remedies import apply_remedies
+from .resilience import ShieldDataWorkers, SkipNonFinite, survive_evaluations
 
 log = logging.getLogger(__name__)
+
+DATA_FILE = "data.json"
 
 
 def prepare(config: ExperimentConfig, *, verify_data: bool = False) -> Trainer:
@@ -45,12 +54,18 @@ def prepare(config: ExperimentConfig, *, verify_data: bool = False) -> Trainer:
     """
     check(config)
     check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
-    check_data(config, hashes=verify_data and os.environ.get("RANK", "0") == "0")
+    check_data(config)
     apply_remedies()
     prepare_training_environment(
         seed=config.init_seed, backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     )
-    return build_trainer(check_resume(config))
+    checkpoint = checkpoint_to_load(config)
+    config = check_resume(config, checkpoint)
+    verify_shards(config, checkpoint, everything=verify_data)
+    trainer = build_trainer(config)
+    if checkpoint is not None:
+        load(trainer, checkpoint)
+    return trainer
 
 
 def build_trainer(config: ExperimentConfig) -> Trainer:
@@ -70,13 +85,20 @@ def build_trainer(config: ExperimentConfig) -> Trainer:
     }.items():
         if not _has(trainer_config.callbacks.values(), type(callback)):
             trainer_config.callbacks.setdefault(name, callback)
-    files = {FINGERPRINT_FILE: Fingerprint.of(model_config).to_json(), **tokenizer_file(config)}
+    files = {
+        FINGERPRINT_FILE: Fingerprint.of(model_config).to_json(),
+        DATA_FILE: json.dumps(shard_hashes(config), indent=1),
+        **tokenizer_file(config),
+    }
     trainer_config.callbacks["checkpoint_files"] = CheckpointFiles(files)
+    trainer_config.callbacks["checksums"] = Checksums()
+    trainer_config.callbacks["shield_data_workers"] = ShieldDataWorkers()
     label_all_files(
         trainer_config, {key: data_files(held_out, key) for key, held_out in held_out_datasets(trainer_config)}
     )
     trainer = trainer_config.build(train_module, data_loader)
     check_not_empty(trainer)
+    survive_evaluations(trainer)
     saver = next(c for c in trainer.callbacks.values() if isinstance(c, ConfigSaverCallback))
     saver.config = config.replace(model=model_config).as_config_dict()
     return trainer
@@ -109,6 +131,12 @@ def check(config: ExperimentConfig) -> None:
         raise OLMoConfigurationError(
             f"data_loader.global_batch_size={config.data_loader.global_batch_size} (tokens) must be a multiple of "
             f"dataset.sequence_length={T}"
+        )
+    skipping = any(isinstance(c, SkipNonFinite) and c.enabled for c in config.trainer.callbacks.values())
+    if skipping and module.max_grad_norm is None:
+        raise OLMoConfigurationError(
+            "train_module.max_grad_norm is not set, and bad steps are known by the gradient's norm: set it (1.0e9 never clips), "
+            "or trainer.callbacks.skip_non_finite.enabled=false"
         )
     vocabulary = config.dataset.tokenizer.vocab_size
     if vocabulary > config.model.vocab_size:
@@ -299,8 +327,8 @@ def _folders(files: list[str]) -> list[Path]:
     return sorted({Path(file).parent for file in files if not is_url(file)})
 
 
-def check_data(config: ExperimentConfig, *, hashes: bool = False) -> None:
-    """Raise unless the data are there and are what the config says, held-out data too."""
+def check_data(config: ExperimentConfig) -> None:
+    """Raise unless the data, held-out data too, are there and are what the config says, as far as sizes and a few ids tell."""
     T = config.sequence_length
     verified: set[Path] = set()
     for key, dataset, length in [
@@ -316,25 +344,84 @@ def check_data(config: ExperimentConfig, *, hashes: bool = False) -> None:
                 eos_token_id=dataset.tokenizer.eos_token_id,
                 dtype=np.dtype(dataset.get_dtype()).name,
                 sequence_length=length,
-                hashes=hashes,
             )
             verified.add(folder)
 
 
-def check_resume(config: ExperimentConfig) -> ExperimentConfig:
-    """Raise unless the checkpoint that this run would load has this config's attention and shape.
+def shard_hashes(config: ExperimentConfig) -> list[list[str]]:
+    """Name and SHA-256 of a run's data files, in order, as their manifests say; every checkpoint carries them."""
+    files = data_files(config.dataset)
+    known = {
+        str(folder / shard.path): shard.sha256 for folder in _folders(files) for shard in Manifest.load(folder).shards
+    }
+    paths = [Path(file) for file in files if not is_url(file)]
+    return [[path.name, known.get(str(path), "unknown to the manifest")] for path in paths]
+
+
+def verify_shards(config: ExperimentConfig, checkpoint: str | None, *, everything: bool) -> None:
+    """Compare shards with their SHA-256, the work shared by all ranks, which call it together.
+
+    :param checkpoint: read the shards that have changed since it was saved: a replaced file need not have another size.
+    :param everything: read all of them.
+    :raises OLMoConfigurationError: one differs.
+    """
+    since = Path(checkpoint, FINGERPRINT_FILE) if checkpoint is not None and not is_url(checkpoint) else None
+    saved = since.stat().st_ctime if since is not None and since.exists() else None
+    datasets = {"dataset": config.dataset, **dict(held_out_datasets(config.trainer))}
+    files = [file for key, dataset in datasets.items() for file in data_files(dataset, key)]
+    manifests = [Manifest.load(folder) for folder in _folders(files)]
+    shards = [
+        (manifest, shard)
+        for manifest in manifests
+        for shard in manifest.shards
+        if everything or (saved is not None and (manifest.directory / shard.path).stat().st_ctime > saved)
+    ]
+    shards = broadcast_object(shards)
+    if shards:
+        log.info("Comparing %d data shards with their SHA-256...", len(shards))
+    if problem := first_problem(shards, _shard_problem):
+        raise OLMoConfigurationError(problem)
+
+
+def _shard_problem(item: tuple[Manifest, Shard]) -> str | None:
+    try:
+        verify_shard(*item)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+# ---- the checkpoint to go on from ------------------------------------------------------------------------------------
+
+
+def checkpoint_to_load(config: ExperimentConfig) -> str | None:
+    """The checkpoint to load: the newest intact one of the save folder, else of ``trainer.load_path``.
+
+    All ranks call it together.
+    """
+    trainer = config.trainer
+    if trainer.no_checkpoints or trainer.load_strategy == LoadStrategy.never:
+        return None
+    for folder in (trainer.save_folder, trainer.load_path):
+        if folder is not None and (found := find_checkpoint(folder)) is not None:
+            return found
+    return None
+
+
+def check_resume(config: ExperimentConfig, checkpoint: str | None) -> ExperimentConfig:
+    """Raise unless a checkpoint has this config's attention, shape and data. All ranks call it together.
 
     :returns: the config, with the checkpoint's order of heads where it is left open.
     """
     error = changed = None
-    if get_rank() == 0:
+    if checkpoint is not None and get_rank() == 0:
         try:
-            found = checkpoint_to_load(config)
-            if found is not None:
-                config = with_order_of(config, found)
-                changed = check_checkpoint(
-                    found, config.model_with_attention(), allow_attention_change=config.allow_attention_change
-                )
+            config = with_order_of(config, checkpoint)
+            changed = check_checkpoint(
+                checkpoint, config.model_with_attention(), allow_attention_change=config.allow_attention_change
+            )
+            if _is_own(config.trainer.save_folder, checkpoint):
+                check_same_data(config, checkpoint)
         except OLMoConfigurationError as raised:
             error = str(raised)
     error, changed, attention = broadcast_object((error, changed, config.attention))
@@ -358,12 +445,34 @@ def with_order_of(config: ExperimentConfig, checkpoint: str | None) -> Experimen
     return config.replace(attention={**config.attention, "head_order": order})
 
 
-def checkpoint_to_load(config: ExperimentConfig) -> str | None:
-    """The checkpoint that the trainer would load: the latest of the save folder, else of ``trainer.load_path``."""
-    trainer = config.trainer
-    if trainer.no_checkpoints or trainer.load_strategy == LoadStrategy.never:
-        return None
-    for folder in (trainer.save_folder, trainer.load_path):
-        if folder is not None and (found := find_checkpoint(folder)) is not None:
-            return found
-    return None
+def check_same_data(config: ExperimentConfig, checkpoint: str) -> None:
+    """Raise unless a checkpoint was trained on the shards that this run reads."""
+    path = Path(checkpoint, DATA_FILE)
+    if getattr(config.data_loader, "ignore_fingerprint_mismatch", False) or not path.exists():
+        return
+    there, here = json.loads(path.read_bytes()), shard_hashes(config)
+    if there == here:
+        return
+    before, now = next(pair for pair in zip_longest(there, here) if pair[0] != pair[1])
+    raise OLMoConfigurationError(
+        f"dataset.paths: checkpoint {checkpoint} was trained on {_named(before)} where there is {_named(now)} now: restore the "
+        "data, or set data_loader.ignore_fingerprint_mismatch=true to go on with other text"
+    )
+
+
+def _named(shard: list[str] | None) -> str:
+    return f"{shard[0]} (SHA-256 {shard[1]})" if shard is not None else "nothing"
+
+
+def load(trainer: Trainer, checkpoint: str) -> None:
+    """Load the checkpoint that was found intact, before the trainer would look for one by itself."""
+    own = _is_own(trainer.save_folder, checkpoint)
+    if own and trainer.load_path is not None:
+        log.warning("trainer.load_path=%s is passed over: the run goes on from %s", trainer.load_path, checkpoint)
+    whole = True if own else None  # as Trainer.fit: all of a run's own state, else as the trainer is configured
+    trainer.load_checkpoint(checkpoint, load_trainer_state=whole, load_optim_state=whole)
+
+
+def _is_own(save_folder: str, checkpoint: str) -> bool:
+    """Whether a checkpoint is one of the run's own."""
+    return str(checkpoint).startswith(str(normalize_path(save_folder)).rstrip("/") + "/")

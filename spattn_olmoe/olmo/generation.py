@@ -10,7 +10,6 @@ import torch
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.generate.generation_module import GenerationConfig, TransformerGenerationModule
 from olmo_core.nn.transformer import TransformerConfig
-from olmo_core.train import Checkpointer
 from tokenizers import Tokenizer
 
 from ..data.config import TokenizerSection
@@ -18,29 +17,6 @@ from ..data.tokenizer import find_tokenizer, parse_tokenizer
 from .remedies import apply_remedies
 
 TOKENIZER_FILE = "tokenizer.json"
-
-
-def find_checkpoint(folder: str | Path) -> str | None:
-    """A checkpoint folder itself, or the newest complete checkpoint of a run's folder; None where there is none."""
-    if Checkpointer.dir_is_checkpoint(folder):
-        return str(folder)
-    try:
-        return Checkpointer.latest_checkpoint(folder)
-    except FileNotFoundError:
-        return None
-
-
-def resolve_checkpoint(folder: str | Path) -> str:
-    """A checkpoint folder itself, or the newest complete checkpoint of a run's folder.
-
-    :raises OLMoConfigurationError: there is none.
-    """
-    found = find_checkpoint(folder)
-    if found is None:
-        raise OLMoConfigurationError(
-            f"--checkpoint {folder}: neither a complete checkpoint nor a folder of checkpoints (stepN/)"
-        )
-    return found
 
 
 def read_checkpoint_config(checkpoint: str | Path) -> dict[str, Any]:

@@ -15,7 +15,14 @@ from olmo_core.train import Trainer, prepare_training_environment, teardown_trai
 
 from spattn_olmoe.olmo import PatternAttention, apply_remedies, load_experiment
 from spattn_olmoe.olmo.callbacks import read_metrics
-from spattn_olmoe.olmo.experiment import build_trainer, check, check_data, check_layout, check_resume
+from spattn_olmoe.olmo.experiment import (
+    build_trainer,
+    check,
+    check_data,
+    check_layout,
+    check_resume,
+    checkpoint_to_load,
+)
 
 METRICS = ("train/CE loss", "optim/total grad norm", "train/load balancing loss")
 
@@ -37,7 +44,7 @@ def train(base: str, overrides: list[str], forget: bool) -> list[list[float]]:
     check(config)
     check_layout(config, get_world_size())
     check_data(config)
-    config = check_resume(config)
+    config = check_resume(config, checkpoint_to_load(config))
     trainer = build_trainer(config)
     if forget:
         forget_head_offsets(trainer)

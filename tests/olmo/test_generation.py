@@ -14,12 +14,12 @@ from olmo_core.generate.generation_module import GenerationConfig, TransformerGe
 
 from spattn_olmoe.data.errors import DataError
 from spattn_olmoe.olmo import apply_remedies, with_attention
+from spattn_olmoe.olmo.checkpoints import resolve_checkpoint
 from spattn_olmoe.olmo.generation import (
     generate,
     load_generator,
     load_tokenizer,
     read_checkpoint_config,
-    resolve_checkpoint,
 )
 
 from .tiny import PAD, VOCAB, tiny, write_data

@@ -4,10 +4,26 @@ Every remedy says what is wrong without it, and refuses to touch another release
 OLMo-core no longer needs it.
 """
 
-from . import cpu_moe, expert_gradients, grouped_gemm, held_out_loss, router_gradients
+from . import (
+    async_save_metric,
+    cancellation,
+    cpu_moe,
+    expert_gradients,
+    grouped_gemm,
+    held_out_loss,
+    router_gradients,
+)
 from .release import TESTED_RELEASE
 
-_REMEDIES = (cpu_moe, grouped_gemm, expert_gradients, router_gradients, held_out_loss)
+_REMEDIES = (
+    cpu_moe,
+    grouped_gemm,
+    expert_gradients,
+    router_gradients,
+    held_out_loss,
+    cancellation,
+    async_save_metric,
+)
 
 
 def apply_remedies() -> None:

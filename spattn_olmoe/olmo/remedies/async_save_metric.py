@@ -1,0 +1,30 @@
+"""Ranks reduce the same metrics, whenever an asynchronous save ends.
+
+OLMo-core records how long an asynchronous save took from the thread that saved, at whichever step its rank has reached by
+then. Where that is another step on another rank, or after its last, the ranks reduce different metrics: one waits for a
+collective that the others never begin. At the end of a run of several ranks that is common. The metric is left out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from olmo_core.train import Trainer
+
+from .release import require_tested_release
+
+METRIC = "checkpoint/save_async_duration_s"
+
+_stock_record_metric = Trainer.record_metric
+
+
+def apply() -> None:
+    """Make ``Trainer.record_metric`` pass over :data:`METRIC`."""
+    require_tested_release(__name__)
+    Trainer.record_metric = record_metric  # type: ignore[method-assign]
+
+
+def record_metric(self: Trainer, name: str, *args: Any, **kwargs: Any) -> None:
+    """Record a metric of the current step."""
+    if name != METRIC:
+        _stock_record_metric(self, name, *args, **kwargs)

@@ -1,0 +1,233 @@
+"""What keeps a run alive, and what lets it die well: bad steps, failing evaluations, full disks, signals, lost ranks."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, ClassVar
+
+import torch
+from olmo_core.distributed.utils import get_rank, get_world_size
+from olmo_core.exceptions import OLMoCheckpointError, OLMoConfigurationError
+from olmo_core.io import is_url
+from olmo_core.train import Trainer, teardown_training_environment
+from olmo_core.train.callbacks import Callback, CheckpointerCallback, EvaluatorCallback
+from olmo_core.train.common import OPTIM_GRAD_NORM_METRIC, TRAIN_CE_LOSS_METRIC, ReduceType
+from olmo_core.utils import cuda_sync_debug_mode
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.elastic.multiprocessing.errors import record
+
+log = logging.getLogger(__name__)
+
+SKIPPED_METRIC = "optim/step skipped"
+
+
+# ---- the end of a run ------------------------------------------------------------------------------------------------
+
+
+def fit(trainer: Trainer) -> int:
+    """Train to the end, to a signal or to an error.
+
+    :returns: the exit status of the process: 0 at the end of the run, 128 + its number if a signal ended it before that,
+        with a checkpoint saved. An error is raised; on one of several ranks it ends the process at once.
+    """
+    signal.signal(signal.SIGTERM, functools.partial(_outside_the_steps, trainer))
+    try:
+        record(trainer.fit)()  # tells the launcher what failed, so that it can name the first of many failures
+    except SystemExit:
+        raise
+    except BaseException:
+        if get_world_size() > 1:
+            # Threads of this process may wait for other ranks, as those wait for this one. Only once it is gone does the
+            # launcher end them.
+            sys.excepthook(*sys.exc_info())
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+        raise
+    teardown_training_environment()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if trainer.is_canceled and trainer._cancel_reason == f"{number.name} received":
+            log.warning(
+                "ended by %s at step %d: start the same command again to go on", number.name, trainer.global_step
+            )
+            return 128 + number
+    return 0
+
+
+def _outside_the_steps(trainer: Trainer, number: int, frame: FrameType | None) -> None:
+    """SIGTERM where the trainer does not handle it: before the first step it ends the process, behind the last it waits.
+
+    A launcher and a cluster may both send it, and the second one must not end the process while it saves.
+    """
+    ends = [end for end in (trainer.max_duration, trainer.hard_stop) if end is not None]
+    if not trainer.is_canceled and not any(trainer._duration_due(end) for end in ends):
+        sys.exit(128 + number)
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+
+
+class SaveError(OLMoCheckpointError):
+    """A checkpoint could not be saved: which, why, and what to do."""
+
+
+@dataclass
+class SafeCheckpointer(CheckpointerCallback):
+    """OLMo-core's checkpointer, which says what to do where a checkpoint cannot be saved.
+
+    The run ends then, for it would train on without a net. Earlier checkpoints are not touched.
+    """
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> str:
+        step = f"{self.save_folder}/{self.checkpointer.checkpoint_dirname(self.step)}"
+        return self._saving(step, functools.partial(super()._save_checkpoint, *args, **kwargs))
+
+    def _await_last_checkpoint(self, blocking: bool = True) -> Future | None:
+        return self._saving(
+            self._latest_checkpoint_path, lambda: super(SafeCheckpointer, self)._await_last_checkpoint(blocking)
+        )
+
+    def _saving(self, path: str, save: Callable[[], Any]) -> Any:
+        try:
+            return save()
+        except SaveError:
+            raise
+        except (Exception, CheckpointException) as error:  # the latter is none of the former
+            raise SaveError(f"{path} could not be saved: {_cause(error)}. {self._advice()}") from error
+
+    def _advice(self) -> str:
+        free = ""
+        if not is_url(self.save_folder):
+            free = f"{shutil.disk_usage(self.save_folder).free / 2**30:.1f} GiB are free in {self.save_folder}. "
+        return (
+            f"{free}Earlier checkpoints are intact, and the same command goes on from the newest. If space (or quota) was "
+            "lacking, free some first, or copy the newest into another trainer.save_folder"
+        )
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong, in a line, through the wrappers of torch.distributed.checkpoint and OLMo-core's writer."""
+    failures = getattr(error, "failures", None)
+    if failures:  # by rank: the exception and its traceback
+        rank, (error, _) = next(iter(failures.items()))
+        return f"rank {rank}: {_cause(error)}"
+    if isinstance(error, OLMoCheckpointError):  # a traceback as text
+        return str(error).strip().splitlines()[-1]
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+# ---- bad steps -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SkipNonFinite(Callback):
+    """Leaves out the optimiser step wherever the gradient is NaN or infinite, so that no weight ever is.
+
+    The norm of the gradient over all ranks tells, after which all of them decide alike. A skipped step moves neither
+    weights nor moments; its batch is passed over. It is logged as ``optim/step skipped`` instead of a loss.
+
+    :param stop_after: end the run with an error after so many skipped steps in a row.
+    """
+
+    enabled: bool = True
+    stop_after: int = 10
+    _in_a_row: int = 0
+
+    def __post_init__(self) -> None:
+        if self.stop_after < 1:
+            raise OLMoConfigurationError(
+                f"trainer.callbacks.skip_non_finite.stop_after={self.stop_after} must be at least 1"
+            )
+
+    def pre_train(self) -> None:
+        if self.enabled:
+            optim = getattr(self.trainer.train_module, "optim")  # noqa: B009  of all train modules but the base class
+            optim.register_step_pre_hook(self._drop_bad_gradients)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._in_a_row = state_dict.get("in_a_row", 0)
+
+    def _drop_bad_gradients(self, optim: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        norm = self.trainer.get_metric(OPTIM_GRAD_NORM_METRIC)
+        if norm is None:  # the dry run before the first step
+            return
+        with cuda_sync_debug_mode(0):
+            finite = math.isfinite(norm.item())
+        if finite:
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        optim.zero_grad(set_to_none=True)  # an optimiser leaves parameters without a gradient as they are
+        # OLMo-core ends a run at a loss that is not finite.
+        self.trainer._metrics[self.step].pop(TRAIN_CE_LOSS_METRIC, None)
+        self.trainer.record_metric(SKIPPED_METRIC, 1.0, reduce_type=ReduceType.max)
+        if get_rank() == 0:
+            log.warning(
+                "step %d skipped: the gradient's norm is %s (%d in a row)", self.step, norm.item(), self._in_a_row
+            )
+
+    def post_step(self) -> None:
+        if self._in_a_row >= self.stop_after:
+            raise FloatingPointError(
+                f"steps {self.step - self._in_a_row + 1} to {self.step} had no finite gradient: stopped after "
+                f"skip_non_finite.stop_after={self.stop_after} of them in a row. The weights are finite, as they were before. "
+                "Lower train_module.optim.lr, or leave out these steps with trainer.steps_to_skip, and start again"
+            )
+
+
+# ---- evaluations in the loop -----------------------------------------------------------------------------------------
+
+
+def survive_evaluations(trainer: Trainer) -> None:
+    """Let training go on where an evaluation in the loop raises, with the traceback in the log."""
+    for callback in trainer.callbacks.values():
+        if isinstance(callback, EvaluatorCallback):
+            callback.perform_eval = functools.partial(_evaluate, callback.perform_eval)  # type: ignore[method-assign]
+
+
+def _evaluate(evaluate: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    try:
+        evaluate(*args, **kwargs)
+    except Exception:  # an evaluation must not cost a run; a rank that fails alone is waited for, and then times out
+        log.exception(
+            "evaluation failed; training goes on without its metrics (trainer.no_evals=true turns evaluations off)"
+        )
+
+
+# ---- signals ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ShieldDataWorkers(Callback):
+    """Keeps SIGTERM from data workers: a launcher sends it to them too, and the run needs them to finish its step.
+
+    Processes inherit the signals that are blocked while they are started. Workers end when their run does.
+    """
+
+    priority: ClassVar[int] = -100
+
+    def pre_load_batch(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+
+    def pre_step(self, batch: dict[str, Any]) -> None:
+        self._unblock()
+
+    def post_epoch(self) -> None:
+        self._unblock()
+
+    @staticmethod
+    def _unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
