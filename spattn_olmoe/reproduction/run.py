@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -26,13 +27,15 @@ from ..data import prepare
 from ..data.files import replace_file
 from ..data.stdlib_corpus import write_stdlib_corpus
 from ..olmo.callbacks import METRICS_FILE, read_metrics
-from ..olmo.generation import find_checkpoint
+from ..olmo.checkpoints import find_checkpoint
 from . import held_out
 from .plan import ROOT, Run, Scale, data_config, steps_of
 from .start import check_same_start, read_start
 
 FORMAT = "spattn_olmoe reproduction run 1"
 TRAIN, EVALUATE = (f"scripts/{name}.py" for name in ("train", "evaluate"))
+STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT)
+"""Exit statuses of a training that was told to stop."""
 Say = Callable[[str], None]
 
 
@@ -159,7 +162,7 @@ def _train(run: Run, scale: Scale, children: list[subprocess.Popen[bytes]], stop
             child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, pass_fds=[lock])
             children.append(child)
             code = child.wait()
-        if code:
+        if code and code not in STOPPED:
             raise ValueError(f"{run.name}: training ended with exit code {code}: {_last_error(log)}")
         if (done := trained_steps(run.folder)) < steps:
             raise ValueError(f"{run.name}: stopped after {done} of {steps} steps: run the same command again to go on")
