@@ -44,7 +44,7 @@ def main() -> None:
             if args.gpus is not None:
                 check_layout(config, args.gpus)
             console = Console()
-            dry_run(with_order_of(config, checkpoint_to_load(config)), console)
+            dry_run(with_order_of(config, checkpoint_to_load(config, verify=False)), console)
             console.print(memory_table(config, args.gpus or int(os.environ.get("WORLD_SIZE", "1"))))
             return
         trainer = prepare(config, verify_data=args.verify_data)

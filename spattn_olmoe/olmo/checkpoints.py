@@ -74,18 +74,19 @@ def _owner(path: Path, root: Path) -> int:
 # ---- looking for one -------------------------------------------------------------------------------------------------
 
 
-def find_checkpoint(folder: PathOrStr) -> str | None:
+def find_checkpoint(folder: PathOrStr, *, verify: bool = True) -> str | None:
     """A checkpoint folder itself, or the newest complete and intact checkpoint of a run's folder.
 
     All ranks call it together and get the same answer. What is newer and damaged or was never finished is named in
     a warning. None where no checkpoint was ever completed.
 
+    :param verify: read all of it, to compare it with its checksums; without, a complete one is taken to be intact.
     :raises OLMoConfigurationError: there are complete checkpoints, and all of them are damaged.
     """
     complete, unfinished = broadcast_object(_candidates(folder) if get_rank() == 0 else ([], []))
     damaged: list[str] = []
     for checkpoint in complete:
-        problem = find_damage(checkpoint)
+        problem = find_damage(checkpoint) if verify else None
         if problem is None:
             passed_over = damaged + [f"{path} was never finished" for path in unfinished if _newer(path, checkpoint)]
             if passed_over:

@@ -394,16 +394,16 @@ def _shard_problem(item: tuple[Manifest, Shard]) -> str | None:
 # ---- the checkpoint to go on from ------------------------------------------------------------------------------------
 
 
-def checkpoint_to_load(config: ExperimentConfig) -> str | None:
+def checkpoint_to_load(config: ExperimentConfig, *, verify: bool = True) -> str | None:
     """The checkpoint to load: the newest intact one of the save folder, else of ``trainer.load_path``.
 
-    All ranks call it together.
+    All ranks call it together. ``verify`` as in :func:`.find_checkpoint`.
     """
     trainer = config.trainer
     if trainer.no_checkpoints or trainer.load_strategy == LoadStrategy.never:
         return None
     for folder in (trainer.save_folder, trainer.load_path):
-        if folder is not None and (found := find_checkpoint(folder)) is not None:
+        if folder is not None and (found := find_checkpoint(folder, verify=verify)) is not None:
             return found
     return None
 
