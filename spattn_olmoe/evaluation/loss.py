@@ -76,7 +76,7 @@ def buckets(length: int) -> list[tuple[int, int]]:
 
 
 def token_losses(
-    checkpoint: Checkpoint, held_out: HeldOut, *, batch_size: int, device: str | None = None
+    checkpoint: Checkpoint, held_out: HeldOut, *, batch_size: int, device: str | None = None, quiet: bool = False
 ) -> np.ndarray:
     """Cross-entropy in nats of every token but the first: ``(sequences, length - 1)``, context lengths 1 to length - 1."""
     if checkpoint.config["dataset"].get("generate_doc_lengths"):
@@ -94,7 +94,8 @@ def token_losses(
         return list(loss.view(len(ids), -1).double().cpu().numpy())
 
     starts = range(0, len(held_out.ids), batch_size)
-    return np.stack(list(ranks.share_out(starts, compute, description=Path(checkpoint.path).parent.name)))
+    name = Path(checkpoint.path).parent.name
+    return np.stack(list(ranks.share_out(starts, compute, description=name, quiet=quiet)))
 
 
 def summarise(losses: np.ndarray) -> list[dict[str, Any]]:

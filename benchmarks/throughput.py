@@ -1,0 +1,161 @@
+"""The paper's two speed claims on this machine: attention alone, and tokens per second of a training step.
+
+    python scripts/reproduce.py throughput
+
+"Computational Efficiency Analysis" of arXiv 2511.09596 times attention, forward and backward, at batch 1, 8 heads,
+N = 4096, D = 128, and its Table 2 training throughput. Both are measured here against dense attention by the fastest
+kernel on the machine, with the share that attention has of a step, which is what one has to do with the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import attention, training
+
+SETTING = attention.Setting(B=1, H=8, N=4096, D=128)
+PAPER_ATTENTION = 2.0  # "approximately", exclusive or with sharing is not said
+PAPER_TOKENS = {"standard": 3214, "spattention+sharing": 6167}  # Table 2, four A100
+TYPES = ("spattention", "spattention+sharing")
+MODE = "fwd+bwd"
+SECONDS = 1.5  # for one mode of all kinds of attention
+
+
+def steps(device: str) -> list[training.Setting]:
+    """The training steps that are timed: Table 2's model on a GPU; a CPU has no room for it and takes the quickstart's."""
+    if device == "cuda":
+        return [training.Setting("table2", 1024, compiled) for compiled in (False, True)]
+    return [training.Setting("quickstart", 1024, False)]
+
+
+def main(args: argparse.Namespace, describe: Callable[[str], dict[str, Any]]) -> None:
+    """Measure both, and write ``throughput.json`` and ``throughput.md``.
+
+    :param args: of ``scripts/reproduce.py``.
+    :raises ValueError: ours is not correct here, or nothing can be compared.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = args.out or Path("runs") / "reproduce" / args.scale
+    settings = steps(device)
+    if device == "cpu":
+        print(
+            "No GPU: this times the CPU path, in float32, and the quickstart's model in place of Table 2's.", flush=True
+        )
+    print(f"attention: {SETTING}; training steps: {', '.join(map(str, settings))}", flush=True)
+    if args.dry_run:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    rows = attention.measure(SETTING, list(TYPES), device, SECONDS)
+    if wrong := [row["error"] for row in rows if row["contender"] == "ours" and "error" in row]:
+        raise ValueError(f"ours is not correct and was not timed: {wrong[0]}")
+    training.measure(settings, out, device)
+    stored = json.loads((out / "training.json").read_text())["rows"]
+    wanted = {str(setting) for setting in settings}
+    results = {
+        "format": "spattn_olmoe throughput 1",
+        "machine": describe(device),
+        "attention": rows,
+        "training": [row for row in stored if row["setting"] in wanted],
+    }
+    for name, text in (("json", json.dumps(results, indent=1) + "\n"), ("md", markdown(results))):
+        path = out / f"throughput.{name}"
+        path.write_text(text)
+        print(path)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The report."""
+    about = results["machine"]
+    lines = [
+        "# Throughput",
+        "",
+        f"{about['device']}, threads: {about['threads']}, torch {about['versions']['torch']}, commit "
+        f"`{str(about['commit'])[:12]}`{' with changes' if about['changed'] else ''}, {about['date'][:10]}, "
+        f"`{about['command']}`, load average {about['load_average'][0]} at the end.",
+        "",
+        *_attention_table(results["attention"]),
+    ]
+    for setting in dict.fromkeys(row["setting"] for row in results["training"]):
+        lines += _both([row for row in results["training"] if row["setting"] == setting], results["attention"])
+    return "\n".join(lines) + "\n"
+
+
+def _ms(ms: float) -> str:
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
+def _timed(rows: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """Milliseconds of forward and backward by pattern and contender."""
+    return {(row["pattern"], row["contender"]): row["ms"] for row in rows if row.get("mode") == MODE}
+
+
+def fastest_dense(rows: list[dict[str, Any]]) -> tuple[str, float]:
+    """The fastest dense attention, and its milliseconds."""
+    dense = {contender: ms for (pattern, contender), ms in _timed(rows).items() if pattern == "dense"}
+    if not dense:
+        raise ValueError("no dense attention could be timed: there is nothing to compare with")
+    name = min(dense, key=dense.__getitem__)
+    return name, dense[name]
+
+
+def _attention_table(rows: list[dict[str, Any]]) -> list[str]:
+    name, baseline = fastest_dense(rows)
+    lines = [
+        f"## Attention, forward and backward: {SETTING}",
+        "",
+        f"| mask | kernel | ms | {name} (fastest dense) / this |",
+        "| --- | --- | ---: | ---: |",
+    ]
+    lines += [
+        f"| {pattern} | {contender} | {_ms(ms)} | {baseline / ms:.2f}x |"
+        for (pattern, contender), ms in _timed(rows).items()
+    ]
+    missing = [f"- not timed: {r['pattern']}, {r['contender']}: {r['error']}" for r in rows if "error" in r]
+    return [
+        *lines,
+        "",
+        *missing,
+        f"The paper: approximately {PAPER_ATTENTION:.0f}x, over a dense baseline that it does not name; its text says that all "
+        "types of Table 2 are computed by FlexAttention.",
+        "",
+    ]
+
+
+def _both(rows: list[dict[str, Any]], attention_rows: list[dict[str, Any]]) -> list[str]:
+    """Both ratios of one training setting, and attention's share of its step."""
+    _, baseline = fastest_dense(attention_rows)
+    times = _timed(attention_rows)
+    timed = {row["attention"]: row for row in rows if "ms" in row}
+    lines = [f"## Training step: {rows[0]['setting']}", ""]
+    lines += [f"- not timed: {row['attention']}: {row['error']}" for row in rows if "error" in row]
+    if "standard" not in timed:
+        return [*lines, ""]
+    dense = timed["standard"]
+    lines += [
+        f"| | tokens/s | of a step: attention | attention alone, {SETTING} | attention alone, this model | step |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in timed.items():
+        alone = baseline if name == "standard" else times.get((name, "ours"))
+        lines.append(
+            f"| {name} | {row['tokens_per_second']:,.0f} | {row['attention_share']:.1%} | "
+            f"{'n/a' if alone is None else f'{baseline / alone:.2f}x'} | {dense['attention_ms'] / row['attention_ms']:.2f}x | "
+            f"{dense['ms'] / row['ms']:.2f}x |"
+        )
+    printed = PAPER_TOKENS["spattention+sharing"] / PAPER_TOKENS["standard"]
+    share = dense["attention_share"]
+    return [
+        *lines,
+        "",
+        f"{dense['layers']} of {dense['of_layers']} layers. Ratios are the dense step's or attention's time by this one's. Dense "
+        f"attention is {share:.1%} of the step here, so that attention that took no time at all would make the step "
+        f"{1 / (1 - share):.2f} times as fast. The paper's Table 2: {PAPER_TOKENS['standard']:,} and "
+        f"{PAPER_TOKENS['spattention+sharing']:,} tokens/s on four A100, {printed:.2f}x.",
+        "",
+    ]

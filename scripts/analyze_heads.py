@@ -1,0 +1,29 @@
+"""Entropy and diversity of a checkpoint's attention heads, with a picture of every head.
+
+python scripts/analyze_heads.py --checkpoint runs/quickstart-spattention runs/quickstart-standard --out heads
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from spattn_olmoe.cli import quiet, user_errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", nargs="+", required=True, help="checkpoints, or runs' folders for their newest")
+    parser.add_argument("--data", help="prepared data to read instead of the first checkpoint's own")
+    parser.add_argument("--sequences", type=int, default=32, help="held-out sequences to look at (default 32)")
+    parser.add_argument("--length", type=int, help="tokens of each; by default the length of training")
+    parser.add_argument("--out", required=True, help="folder for heads.json, heads.md and heads.png")
+    args = parser.parse_args()
+    with user_errors():
+        quiet()
+        from spattn_olmoe.analysis.head_report import main as analyze
+
+        print(analyze(args.checkpoint, args.out, data=args.data, sequences=args.sequences, length=args.length))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The paper's tables, figures and appendix experiment, each as one command.
+
+python scripts/reproduce.py table3 --scale cpu --seeds 3
+python scripts/reproduce.py table1 --scale paper --dry-run
+python scripts/reproduce.py figure1
+python scripts/reproduce.py appendix_a
+python scripts/reproduce.py throughput
+
+Run the same command again to go on after any interruption: what is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
+
+from spattn_olmoe.cli import quiet, user_errors
+
+TARGETS = ("table1", "table2", "table3", "figure1", "figure2", "appendix_a", "throughput")
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The arguments of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--scale", choices=("paper", "gpu", "cpu"), default="cpu", help="default: cpu")
+    parser.add_argument("--seeds", type=int, help="runs of each attention type; by default the scale's (3; paper: 1)")
+    parser.add_argument("--jobs", type=int, help="runs at the same time; by default one per core on a CPU, else 1")
+    parser.add_argument("--out", type=Path, help="folder of results and report; default: runs/reproduce/SCALE")
+    parser.add_argument("--config", type=Path, help="a YAML file: your own model and data instead of the scale's")
+    parser.add_argument("--variants", help="with commas between: these instead of the table's")
+    parser.add_argument("--dry-run", action="store_true", help="print commands, tokens, FLOPs and hours; start nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs, as for scripts/train.py")
+    return parser.parse_intermixed_args(words)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt  # not SIGINT, which a shell's background jobs ignore
+
+
+def main() -> None:
+    args = parse()
+    signal.signal(signal.SIGTERM, _interrupt)
+    with user_errors():
+        quiet()
+        if args.target == "throughput":
+            from benchmarks.throughput import main as reproduce
+        else:
+            from spattn_olmoe.reproduction.commands import main as reproduce
+        from benchmarks.machine import describe
+
+        reproduce(args, describe)
+
+
+if __name__ == "__main__":
+    main()

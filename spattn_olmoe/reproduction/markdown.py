@@ -1,0 +1,25 @@
+"""Pieces of reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table; all columns but the first are aligned to the right."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
+
+
+def conditions(machines: Sequence[dict[str, Any]]) -> list[str]:
+    """Where results were made: a line for each machine, commit and command among them."""
+    lines = []
+    for machine in machines:
+        versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+        changed = " with changes" if machine["changed"] else ""
+        lines.append(
+            f"- {machine['device']}, {machine['cores']} CPU cores, {versions}, commit `{str(machine['commit'])[:12]}`{changed}, "
+            f"`{machine['command']}`"
+        )
+    return ["Made on:", "", *dict.fromkeys(lines)]

@@ -1,0 +1,74 @@
+"""docs/findings.md says what the result files say, and reports are what their results give."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
+
+from benchmarks import throughput
+from spattn_olmoe.reproduction import appendix, report
+from spattn_olmoe.reproduction.comparison import Comparison
+from spattn_olmoe.reproduction.plan import SCALES
+from spattn_olmoe.reproduction.start import check_same_start
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "findings.md"
+RESULTS = ROOT / "benchmarks" / "results" / "reproduce" / "cpu"
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted((RESULTS / "results").glob("*.json"))]
+
+
+def test_the_report_of_table_3_is_that_of_its_runs(runs):
+    assert len(runs) == 18
+    check_same_start(runs)
+    order = ["gbhalf", "eball", "sliding_window", "spattention", "standard", "exclusive"]
+    comparisons = Comparison.of(sorted(runs, key=lambda r: (r["seed"], order.index(r["variant"]))))
+    text = report.markdown("table3", comparisons, SCALES["cpu"].says, {})
+    assert text == (RESULTS / "table3.md").read_text()
+
+
+def test_the_report_of_the_appendix_is_that_of_its_results():
+    results = json.loads((RESULTS / "appendix_a.json").read_text())
+    assert appendix.markdown(results) == (RESULTS / "appendix_a.md").read_text()
+
+
+def test_the_report_of_throughput_is_that_of_its_results():
+    results = json.loads((RESULTS / "throughput.json").read_text())
+    assert throughput.markdown(results) == (RESULTS / "throughput.md").read_text()
+
+
+def sections() -> list[tuple[list[str], str]]:
+    """Each section of the page: the files of results that it links to, and its text."""
+    found = []
+    for text in re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE):
+        links = re.findall(r"\]\((\.\./benchmarks/results/[^)]+\.md)\)", text)
+        found.append(([(PAGE.parent / link).read_text() for link in links], text))
+    return found
+
+
+def test_every_table_is_a_result_files():
+    tables = 0
+    for sources, text in sections():
+        if not sources:  # words alone: the next test sees to it
+            continue
+        for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
+            assert any(table in source for source in sources), f"in no file that its section links to:\n{table}"
+            tables += 1
+    assert tables >= 5
+
+
+def test_every_decimal_is_a_result_files():
+    """Figures in running text too: those with a decimal point are in a file that their section links to."""
+    for sources, text in sections():
+        words = re.sub(r"\(https?://[^)]*\)|arXiv \S+", "", text)
+        for number in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]*\w)", words):
+            assert any(number in source for source in sources), f"{number} is in no file that its section links to"
