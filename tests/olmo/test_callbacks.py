@@ -146,8 +146,9 @@ def run(tmp_path_factory):
 def test_a_run_gets_our_callbacks(run):
     _, trainer, _ = run
     kinds = [type(callback) for callback in trainer.callbacks.values()]
-    for kind in (Progress, Throughput, MetricsFile, CheckpointFiles, CheckpointerCallback):
+    for kind in (Progress, Throughput, MetricsFile, CheckpointFiles, SafeCheckpointer):
         assert kinds.count(kind) == 1
+    assert sum(issubclass(kind, CheckpointerCallback) for kind in kinds) == 1
 
 
 def test_a_run_writes_every_step(run):
@@ -210,6 +211,7 @@ logging.basicConfig(level=logging.INFO)
 {before}
 from spattn_olmoe.olmo import apply_remedies, load_experiment
 from spattn_olmoe.olmo.experiment import build_trainer
+from spattn_olmoe.olmo.resilience import SafeCheckpointer
 apply_remedies()
 trainer = build_trainer(load_experiment(sys.argv[1], sys.argv[2:]))
 trainer.fit()
