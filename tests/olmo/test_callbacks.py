@@ -26,6 +26,7 @@ from spattn_olmoe.olmo.callbacks import (
 )
 from spattn_olmoe.olmo.experiment import build_trainer
 from spattn_olmoe.olmo.fingerprint import FILE_NAME, Fingerprint
+from spattn_olmoe.olmo.resilience import SafeCheckpointer
 
 from .tiny import BASE, TINY, run_overrides, run_python, tiny, write_data
 
@@ -211,7 +212,6 @@ logging.basicConfig(level=logging.INFO)
 {before}
 from spattn_olmoe.olmo import apply_remedies, load_experiment
 from spattn_olmoe.olmo.experiment import build_trainer
-from spattn_olmoe.olmo.resilience import SafeCheckpointer
 apply_remedies()
 trainer = build_trainer(load_experiment(sys.argv[1], sys.argv[2:]))
 trainer.fit()
