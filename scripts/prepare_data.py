@@ -31,7 +31,8 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for library in ("HF_HUB", "DATASETS"):  # each retry would be two lines; the last failure is ours to tell
         os.environ.setdefault(f"{library}_VERBOSITY", "critical")
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs would ignore the first
+        signal.signal(number, signal.default_int_handler)
     console = Console(stderr=True)
     try:
         config = load_config(args.config, [*args.overrides, *([f"part={args.part}"] if args.part else [])])
