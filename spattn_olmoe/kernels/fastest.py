@@ -7,7 +7,6 @@ import importlib.util
 
 import torch
 
-from ..patterns import Pattern, interval_table
 from ..patterns.base import Interval
 
 HeadIntervals = tuple[tuple[Interval, Interval], ...]
@@ -26,12 +25,6 @@ def fastest(kind: str, capability: tuple[int, int] | None) -> str:
     """The implementation for a kind of mask; ``capability`` is None where there is no GPU to ask."""
     measured = MEASURED.get(capability, {}) if capability else {}
     return measured.get(kind, BY_DEFAULT[kind])
-
-
-@torch.compiler.assume_constant_result
-def constant_table(pattern: Pattern) -> HeadIntervals | None:
-    """:func:`interval_table`, which torch.compile takes for a constant of the pattern in place of tracing it."""
-    return interval_table(pattern)
 
 
 def triton_unsuitable(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:

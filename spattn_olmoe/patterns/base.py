@@ -223,6 +223,14 @@ class Pattern(ABC):
         pairs = _natural_pairs_per_head(replace(self.at_length(T), head_order=NATURAL), T)
         return tuple(pairs[h] for h in self._order)
 
+    @torch.compiler.assume_constant_result
+    def constant_table(self) -> tuple[tuple[Interval, Interval], ...] | None:
+        """:func:`interval_table`, which torch.compile takes for a constant of the pattern in place of tracing it.
+
+        A method, because PyTorch 2.11 cannot hand a pattern to such a function.
+        """
+        return interval_table(self)
+
     def dead_rows(self, T: int | None = None) -> int:
         """Number of (head, query) rows that have no key at all, of ``H * T``. Their output is zero."""
         T = self.seq_len if T is None else T

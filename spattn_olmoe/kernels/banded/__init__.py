@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ...patterns import Pattern
 from ..documents import document_bounds
-from ..fastest import constant_table
 from .ops import banded_decode, banded_forward, is_interpreted
 
 __all__ = ["decode", "is_interpreted", "run"]
@@ -55,6 +54,6 @@ def decode(
 
 def local_intervals(pattern: Pattern, head_offset: int, H: int) -> list[int]:
     """``lo, hi, lo, hi`` of ``H`` heads from ``head_offset`` on, flat."""
-    table = constant_table(pattern)
+    table = pattern.constant_table()
     assert table is not None, "the front door sends only patterns that are intervals"
     return [bound for head in table[head_offset : head_offset + H] for pair in head for bound in pair]
