@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from shift_oracle import shifted_attention
 from torch.utils.checkpoint import checkpoint
 
 from spattn_olmoe import attention, build_pattern
 from spattn_olmoe.kernels import banded, cached_attention, reference
 from spattn_olmoe.kernels.attention import unsuitable
-from spattn_olmoe.kernels.banded import ops, plan
+from spattn_olmoe.kernels.banded import configs, ops, plan
 from spattn_olmoe.patterns import Pattern, interval_table
 
 
@@ -121,6 +123,51 @@ def test_agrees_with_the_shift_identity(name):
     expected = shifted_attention(*exact, d_out.double(), interval_table(pattern), 0.2)
     actual = with_gradients(lambda *x: attention(*x, pattern, impl="triton", scale=0.2), xs, d_out)
     assert_close(actual, expected, 5e-6)
+
+
+@st.composite
+def banded_calls(draw):
+    """A length, the intervals of each head, heads a group, the cuts between documents (or None), and tiles."""
+    T, group = draw(st.integers(1, 70)), draw(st.sampled_from([1, 2]))
+    heads = []
+    for _ in range(group * draw(st.integers(1, 2))):
+        a, b, c, d = sorted(draw(st.lists(st.integers(0, T + 3), min_size=4, max_size=4)))
+        pairs = [(lo, hi) for lo, hi in ((a, b), (c + 1, d + 1)) if lo < hi]
+        heads.append((*pairs, (0, 0), (0, 0))[:2])
+    cuts = draw(st.none() | st.lists(st.integers(0, T), max_size=4).map(sorted))
+    sides = st.sampled_from([16, 32, 64])
+    tiles = {name: {256: configs.Config(draw(sides), draw(sides), 4, 1)} for name in ("forward", "dq", "dkdv")}
+    return T, tuple(heads), group, cuts, tiles
+
+
+@settings(max_examples=15, deadline=None)
+@given(banded_calls())
+def test_any_intervals_documents_and_tiles_agree_with_softmax_under_a_mask(call):
+    T, heads, group, cuts, tiles = call
+    H, G = len(heads), len(heads) // group
+    xs = tensors(1, T, H, G, 16)
+    d_out = torch.randn(1, T, H, 16)
+    d = torch.arange(T)[:, None] - torch.arange(T)
+    mask = torch.stack([((a <= d) & (d < b)) | ((lo <= d) & (d < hi)) for (a, b), (lo, hi) in heads])
+    bounds = None, None
+    if cuts is not None:
+        cu = torch.tensor([0, *cuts, T], dtype=torch.int32)
+        bounds = banded.document_bounds(cu, 1, T)
+        document = torch.searchsorted(cu, torch.arange(T), right=True)
+        mask &= document[:, None] == document
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(configs.SHIPPED["interpreter"], 4, tiles)
+        flat = [bound for head in heads for pair in head for bound in pair]
+        actual = with_gradients(lambda *x: ops.banded_forward(*x, flat, 0.25, *bounds)[0], xs, d_out)
+
+    def masked(q, k, v):
+        k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+        scores = torch.einsum("bthd,bshd->bhts", q, k) * 0.25
+        weights = torch.softmax(scores.masked_fill(~mask, -1e30), -1) * mask  # a row without keys: zeros
+        return torch.einsum("bhts,bshd->bthd", weights, v)
+
+    exact = [x.detach().double().requires_grad_() for x in xs]
+    assert_close(actual, with_gradients(masked, exact, d_out), 5e-6)
 
 
 def test_log_sum_exp_is_minus_infinity_where_a_row_has_no_key():

@@ -3,7 +3,8 @@
     python -m spattn_olmoe.kernels.banded.aot --capability 80 90 100 --dtype bf16 --head-dim 64 128
 
 prints one JSON object a line: registers, stack (bytes of spilled registers a thread), shared memory, tensor-core
-instructions. ``--config BM BN WARPS STAGES`` tries another configuration than the shipped one. No GPU is touched.
+instructions, how many instructions a warp needs for a tile, and whether ptxas made each ``wgmma`` wait for the one before.
+``--config BM BN WARPS STAGES`` tries another configuration than the shipped one. No GPU is touched.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def compile_kernel(
         "docs": docs,
         "group": group,
         **tile._asdict(),
-        **_resources(compiled.asm["cubin"]),
+        **_machine_code(compiled.asm["cubin"]),
         "shared": compiled.metadata.shared,
         "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
         "tcgen05": compiled.asm["ptx"].count("tcgen05.mma"),
@@ -115,18 +116,38 @@ def _divisible_by_16(names: list[str], constants: dict[str, Any]) -> Iterator[tu
             yield (index,), [["tt.divisibility", 16]]
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
-    """Registers, and stack in bytes, as ``cuobjdump`` reads them from the machine code."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def _machine_code(cubin: bytes) -> dict[str, Any]:
+    """What ``cuobjdump`` reads from the machine code.
+
+    ``registers``, and ``stack`` in bytes. ``loop``: instructions of the loop over tiles, the mask's included. ``serialized``:
+    every ``wgmma`` is waited for before the next one begins, which is what ptxas does (and warns of, as C7510 to C7515)
+    where it cannot tell that nothing else touches the accumulators meanwhile. It costs more than a spill.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
+        usage, code = (_cuobjdump(what, file.name) for what in ("--dump-resource-usage", "--dump-sass"))
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
     if found is None:
-        raise RuntimeError(f"cuobjdump said nothing of registers: {text!r}")
-    return {"registers": int(found[1]), "stack": int(found[2]), "local": int(found[3])}
+        raise RuntimeError(f"cuobjdump said nothing of registers: {usage!r}")
+    lines = re.findall(r"^ +/\*([0-9a-f]{4,})\*/ +(.*?);", code, flags=re.MULTILINE)
+    at = [int(address, 16) for address, _ in lines]
+    jumps = ((here, re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)) for here, (_, text) in zip(at, lines, strict=True))
+    loops = [(int(jump[1], 16), here) for here, jump in jumps if jump is not None and int(jump[1], 16) < here]
+    products = [here for here, (_, text) in zip(at, lines, strict=True) if re.search(r"\b(HGMMA|HMMA|UTCHMMA)\b", text)]
+    over_tiles = [(first, last) for first, last in loops if any(first <= here <= last for here in products)]
+    return {
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "local": int(found[3]),
+        "loop": max((sum(first <= here <= last for here in at) for first, last in over_tiles), default=0),
+        "serialized": code.count("WARPGROUP.DEPBAR") >= code.count("HGMMA") > 0,
+    }
+
+
+def _cuobjdump(what: str, file: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([str(tool), what, file], capture_output=True, text=True, check=True).stdout
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Tile sizes, warps and pipeline stages that are shipped, per kernel and GPU generation.
 
-Chosen by compiling ahead of time: the largest tiles that keep their registers (``python -m
-spattn_olmoe.kernels.banded.aot`` prints registers, stack and shared memory of each). BM is the lever on narrow bands:
-a tile visits ``W + BM`` keys for the ``W`` that a query attends.
+Chosen by compiling ahead of time: the largest tiles that keep their registers and whose products stay asynchronous
+(``python -m spattn_olmoe.kernels.banded.aot`` prints registers, stack, shared memory and more of each). BM is the lever on
+narrow bands: a tile visits ``W + BM`` keys for the ``W`` that a query attends.
 """
 
 from __future__ import annotations
@@ -59,10 +59,11 @@ def padded(head_dim: int) -> int:
 
 _FLOAT32: dict[str, dict[int, Config]] = {
     "forward": {64: Config(64, 32, 8, 2), 256: Config(16, 16, 8, 1)},
-    "dq": {64: Config(64, 32, 8, 2), 128: Config(32, 32, 4, 2), 256: Config(16, 16, 4, 1)},
+    "dq": {64: Config(64, 32, 8, 2), 128: Config(32, 32, 4, 2), 256: Config(16, 16, 8, 1)},
     "dkdv": {64: Config(16, 32, 4, 2), 256: Config(16, 32, 8, 1)},
 }
-"""Exact float32 products use no tensor core and many registers: small tiles, for checking results, not for speed."""
+"""Exact float32 products use no tensor core and many registers: small tiles, for checking results, not for speed. With
+head_dim above 128 even the smallest tile of dQ spills some."""
 
 _INTERPRETED: dict[str, dict[int, Config]] = {
     "forward": {256: Config(64, 32, 4, 1)},
@@ -73,27 +74,25 @@ _INTERPRETED: dict[str, dict[int, Config]] = {
 SHIPPED: dict[str, dict[int, dict[str, dict[int, Config]]]] = {
     "sm80": {
         2: {
-            "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 64, 8, 2)},
+            "forward": {128: Config(128, 64, 8, 3), 256: Config(64, 64, 8, 2)},
             "dq": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 2)},
             "dkdv": {64: Config(32, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2)},
-            "dkdv_grouped": {64: Config(32, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 2)},
         },
         4: _FLOAT32,
     },
     "sm86": {
         2: {
-            "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
+            "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
             "dq": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(32, 32, 4, 2)},
-            "dkdv": {64: Config(32, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 2)},
-            "dkdv_grouped": {64: Config(32, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 2)},
+            "dkdv": {64: Config(32, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(16, 32, 8, 2)},
         },
         4: _FLOAT32,
     },
     "sm90": {
         2: {
-            "forward": {128: Config(128, 64, 8, 3), 256: Config(128, 64, 8, 2)},
-            "dq": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
-            "dkdv": {128: Config(64, 128, 8, 3), 256: Config(32, 32, 8, 2)},
+            "forward": {128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 3)},
+            "dq": {128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
+            "dkdv": {128: Config(64, 128, 8, 3), 256: Config(16, 64, 8, 2)},
             "dkdv_grouped": {64: Config(64, 128, 8, 3), 128: Config(32, 128, 8, 2), 256: Config(16, 64, 8, 2)},
         },
         4: _FLOAT32,
@@ -101,9 +100,9 @@ SHIPPED: dict[str, dict[int, dict[str, dict[int, Config]]]] = {
     "sm100": {
         2: {
             "forward": {128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
-            "dq": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+            "dq": {128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
             "dkdv": {128: Config(64, 128, 8, 2), 256: Config(32, 32, 8, 2)},
-            "dkdv_grouped": {64: Config(64, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 2)},
+            "dkdv_grouped": {64: Config(64, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2)},
         },
         4: _FLOAT32,
     },

@@ -1,7 +1,7 @@
 """What the kernels share: which program computes what, which tiles it visits, and moving tiles of rows.
 
 A tile is visited only if the distances of its pairs meet the head's intervals. The visited tiles of an interval are
-consecutive; those in the middle hold allowed pairs only and need no mask.
+consecutive; those in the middle hold allowed pairs only and need no mask. One loop visits the tiles of both intervals.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -38,65 +38,42 @@ def interval(plan_ptr, head, index: tl.constexpr, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def split(begin, end, full_begin, full_end, BLOCK: tl.constexpr):
-    """Cut ``[begin, end)`` into tiles of ``BLOCK``: ``(masked tiles, masked tiles on the left, full tiles)``.
+def key_tiles(plan_ptr, head, index: tl.constexpr, first, last, doc_first, BN: tl.constexpr, SLOTS: tl.constexpr):
+    """Key tiles of one interval for the queries ``first..last``: ``(lo, hi, begin, tiles)``.
 
-    Full tiles lie within ``[full_begin, full_end)``. They are consecutive, between the masked ones.
-    """
-    count = tl.cdiv(tl.maximum(end - begin, 0), BLOCK)
-    left = tl.cdiv(tl.maximum(full_begin - begin, 0), BLOCK)
-    full = tl.minimum(tl.maximum(full_end - begin, 0) // BLOCK, count) - left
-    full = tl.maximum(full, 0)
-    left = tl.where(full > 0, left, count)
-    return count - full, left, full
-
-
-@triton.jit
-def key_tiles(
-    plan_ptr, head, index: tl.constexpr, first, last, doc_first, doc_last, BN: tl.constexpr, SLOTS: tl.constexpr
-):
-    """Key tiles of one interval for the queries ``first..last``: ``(lo, hi, begin, masked, left, full)``.
-
-    :param doc_first: where the document of the first query starts; ``doc_last``: of the last one.
+    :param doc_first: where the document of the first query starts.
     """
     lo, hi = interval(plan_ptr, head, index, SLOTS)
     begin = tl.maximum(first - hi + 1, doc_first)
     end = tl.where(lo < hi, last - lo + 1, begin)
-    masked, left, full = split(begin, end, tl.maximum(last - hi + 1, doc_last), first - lo + 1, BN)
-    return lo, hi, begin, masked, left, full
+    return lo, hi, begin, tl.cdiv(tl.maximum(end - begin, 0), BN)
 
 
 @triton.jit
-def query_tiles(
-    plan_ptr, head, index: tl.constexpr, first, last, doc_first, doc_last, BM: tl.constexpr, SLOTS: tl.constexpr
-):
-    """Query tiles of one interval for the keys ``first..last``: ``(lo, hi, begin, masked, left, full)``.
+def query_tiles(plan_ptr, head, index: tl.constexpr, first, last, doc_last, BM: tl.constexpr, SLOTS: tl.constexpr):
+    """Query tiles of one interval for the keys ``first..last``: ``(lo, hi, begin, tiles)``.
 
-    :param doc_first: where the document of the first key ends (at most ``T``); ``doc_last``: of the last one.
+    :param doc_last: where the document of the last key ends, at most ``T``.
     """
     lo, hi = interval(plan_ptr, head, index, SLOTS)
     begin = first + lo
     end = tl.where(lo < hi, tl.minimum(last + hi, doc_last), begin)
-    masked, left, full = split(begin, end, last + lo, tl.minimum(first + hi, doc_first), BM)
-    return lo, hi, begin, masked, left, full
+    return lo, hi, begin, tl.cdiv(tl.maximum(end - begin, 0), BM)
 
 
 @triton.jit
-def masked_tile(t, masked0, begin0, left0, full0, begin1, left1, full1, BLOCK: tl.constexpr):
-    """Start of masked tile ``t`` of both intervals, and whether it is of the second."""
-    second = t >= masked0
-    u = tl.where(second, t - masked0, t)
-    left = tl.where(second, left1, left0)
-    skipped = tl.where(u >= left, tl.where(second, full1, full0), 0)
-    return tl.where(second, begin1, begin0) + (u + skipped) * BLOCK, second
+def at_least_one(tiles):
+    """Trips of a loop over tiles. A program without a tile makes one whose pairs the mask all forbids: in a loop that may
+    be skipped, the accumulators of its products would be set on another path too, for which ptxas waits after each."""
+    return tl.maximum(tiles, 1)
 
 
 @triton.jit
-def full_tile(t, full0, begin0, left0, begin1, left1, BLOCK: tl.constexpr):
-    """Start of full tile ``t`` of both intervals."""
-    second = t >= full0
-    u = tl.where(second, t - full0, t)
-    return tl.where(second, begin1 + left1 * BLOCK, begin0 + left0 * BLOCK) + u * BLOCK
+def tile_of(t, tiles0, lo0, hi0, begin0, lo1, hi1, begin1, BLOCK: tl.constexpr):
+    """Tile ``t`` of both intervals together: ``(lo, hi, start)`` of the one it belongs to."""
+    second = t >= tiles0
+    start = tl.where(second, begin1 - tiles0 * BLOCK, begin0) + t * BLOCK
+    return tl.where(second, lo1, lo0), tl.where(second, hi1, hi0), start
 
 
 @triton.jit
@@ -110,35 +87,43 @@ def within_cache(intervals_ptr, head, index: tl.constexpr, position, pad, S):
 
 
 @triton.jit
-def within(rows, keys, lo, hi):
-    """Where ``lo <= rows - keys < hi``: one unsigned comparison, below ``lo`` wraps around to far above."""
-    return ((rows - lo) - keys).to(tl.uint32) < (hi - lo).to(tl.uint32)
+def columns_between(first, last, start, BLOCK: tl.constexpr):
+    """Which columns ``start..start + BLOCK`` of a tile lie in ``first..last``, bounds that every row has of its own.
+
+    Both are comparisons with numbers of the tile's own; of one unsigned comparison LLVM makes bit fields.
+    """
+    column = tl.arange(0, BLOCK)[None, :]
+    return (column >= (first - start)[:, None]) & (column <= (last - start)[:, None])
 
 
 @triton.jit
-def load_rows(base, stride, start, T, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, RAGGED: tl.constexpr):
-    """Rows ``start..start + ROWS`` of one head, ``(ROWS, D_PAD)``; zeros beyond ``T`` (if RAGGED) and beyond ``D``.
+def row_pointers(base, stride, start, D_PAD: tl.constexpr, ROWS: tl.constexpr):
+    """Pointers to the rows ``start..start + ROWS`` of one head, ``(ROWS, D_PAD)``.
 
-    The tile's own offset is 64 bits wide: a position times a stride may exceed 2^31 at 128k tokens.
+    The tile's own offset is 64 bits wide: a position times a stride may exceed 2^31 at 128k tokens. Offsets within a tile
+    are unsigned, so that they take a register each and not two.
     """
     row, d = tl.arange(0, ROWS), tl.arange(0, D_PAD)
-    pointers = base + start.to(tl.int64) * stride + (row[:, None] * stride + d[None, :])
-    if RAGGED and D_PAD > D:
-        x = tl.load(pointers, mask=(start + row < T)[:, None] & (d < D)[None, :], other=0.0)
-    elif RAGGED:
-        x = tl.load(pointers, mask=(start + row < T)[:, None], other=0.0)
-    elif D_PAD > D:
-        x = tl.load(pointers, mask=(d < D)[None, :], other=0.0)
-    else:
-        x = tl.load(pointers)
-    return x
+    offsets = (row[:, None] * stride + d[None, :]).to(tl.uint32)
+    return base + start.to(tl.int64) * stride + offsets.to(tl.int64)
+
+
+@triton.jit
+def load_rows(base, stride, start, T, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr):
+    """Rows ``start..start + ROWS`` of one head, ``(ROWS, D_PAD)``; zeros beyond ``T`` and beyond ``D``."""
+    row, d = tl.arange(0, ROWS), tl.arange(0, D_PAD)
+    pointers = row_pointers(base, stride, start, D_PAD, ROWS)
+    mask = (start + row < T)[:, None]
+    if D_PAD > D:
+        mask = mask & (d < D)[None, :]
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_rows(base, stride, start, stop, x, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr):
     """Store ``x`` as the rows ``start..stop`` (at most ROWS) of one head."""
     row, d = tl.arange(0, ROWS), tl.arange(0, D_PAD)
-    pointers = base + start.to(tl.int64) * stride + (row[:, None] * stride + d[None, :])
+    pointers = row_pointers(base, stride, start, D_PAD, ROWS)
     tl.store(pointers, x.to(base.dtype.element_ty), mask=(start + row < stop)[:, None] & (d < D)[None, :])
 
 
