@@ -4,6 +4,7 @@ own, because Triton decides at its import whether it interprets:
     TRITON_INTERPRET=1 python -m pytest tests/kernels/triton_interpret_cases.py
 """
 
+import heapq
 from dataclasses import dataclass
 
 import pytest
@@ -306,14 +307,42 @@ def test_a_plan_names_every_tile_with_a_pair_once_and_no_other(name, T):
         (plan.key_plan(heads, 2, T, tile, torch.device("cpu")), keys.view(4, 2, n_tiles).any(1)),
     ):
         table = made.table.tolist()
-        slots = 2 * len(alive)
+        slots = (plan.STRETCHES + 2) * len(alive)
         records = [table[made.slots + 4 * s : made.slots + 4 * s + 4] for s in range(slots)]
         live = {(owner, t) for _, owner, first, end in records if owner >= 0 for t in range(first, end)}
         dead = {(-1 - owner, t) for _, owner, first, end in records if owner < 0 for t in range(first, end)}
         assert live == {(h, t) for h in range(len(alive)) for t in range(n_tiles) if alive[h, t]}
         assert live | dead == {(h, t) for h in range(len(alive)) for t in range(n_tiles)} and not live & dead
         assert made.programs == max(end for end in table[:slots])
-        assert made.table.numel() <= 14 * len(heads) + 16  # O(H), whatever the length
+        assert made.table.numel() <= 5 * 2 * slots + 4 * len(heads)  # O(H), whatever the length
+
+
+def finish(work, processors):
+    """When the last of some programs ends that start in this order, each on the processor that is free first."""
+    free = [0] * processors
+    for length in work:
+        heapq.heapreplace(free, free[0] + length)
+    return max(free)
+
+
+@pytest.mark.parametrize("name", ["spattention", "spattention+sharing", "standard", "sliding_window"])
+def test_programs_start_in_an_order_about_as_good_as_longest_first(name):
+    T, tile = 4096, 128
+    pattern = build(name, 8, T)
+    heads, d = interval_table(pattern), torch.arange(T)
+    for made, of_keys in (
+        (plan.query_plan(heads, T, tile, torch.device("cpu")), False),
+        (plan.key_plan(heads, 1, T, tile, torch.device("cpu")), True),
+    ):
+        table, work = made.table.tolist(), []
+        for s in range(made.slots):
+            _, owner, first, end = table[made.slots + 4 * s : made.slots + 4 * s + 4]
+            tiles = range(first, end) if of_keys else reversed(range(first, end))
+            for t in tiles if owner >= 0 else ():
+                ahead = T - t * tile if of_keys else (t + 1) * tile  # distances below it
+                work.append(int(sum(((lo <= d[:ahead]) & (d[:ahead] < hi)).sum() for lo, hi in heads[owner])))
+        best = finish(sorted(work, reverse=True), 132)
+        assert finish(work, 132) <= best + (max(work) / plan.STRETCHES if name == "standard" else 0)
 
 
 @pytest.mark.parametrize("T", [1, 3])

@@ -26,6 +26,7 @@ from .backward import dkdv_kernel, dq_kernel
 from .configs import Config, config, decode_config, generation, padded
 from .decode import decode_kernel, merge_kernel
 from .forward import forward_kernel
+from .plan import STRETCHES
 
 KERNELS = {
     "forward": forward_kernel,
@@ -69,7 +70,8 @@ def compile_kernel(
         tile = config(name, generation(divmod(capability, 10)), itemsize, d_pad)
     constants = {
         "H": heads, "GROUP": group, "D": head_dim, "D_PAD": d_pad, "BM": tile.BM, "BN": tile.BN,
-        "SLOTS": 1 << (2 * heads - 1).bit_length(), "DOCS": docs, "PRECISION": multiply, "SPLITS": 8, "PADDED": docs,
+        "SLOTS": 1 << ((STRETCHES + 2) * heads - 1).bit_length(), "DOCS": docs, "PRECISION": multiply,
+        "SPLITS": 8, "PADDED": docs,
     }  # fmt: skip
     if not docs:
         constants |= {"doc_start_ptr": None, "doc_end_ptr": None, "leftpad_ptr": None}

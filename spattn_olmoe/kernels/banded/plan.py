@@ -1,11 +1,16 @@
 """Which programs a kernel runs: for every head the tiles that hold a pair, and after them the tiles to fill with zeros.
 
 A plan is O(H) integers, whatever the length. It is made on the host once per (intervals, length, tile) and kept.
+
+Programs start in the plan's order, so the longest come first: with as many tiles as multiprocessors, a long one that starts
+last is waited for. Most tiles of a band are equally long; where it begins (for keys: ends) they grow shorter, and are cut
+into stretches that are sorted with those of the other heads.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -15,6 +20,8 @@ from ...patterns.base import Interval
 from ..fastest import HeadIntervals
 
 DEAD_TILES = 8  # what tiles.DEAD_TILES says to the kernels
+STRETCHES = 4
+"""Stretches into which the tiles of unequal length of a head are cut. A plan has ``STRETCHES + 2`` slots a head."""
 _NEVER = 2**31 - 1
 
 
@@ -33,6 +40,8 @@ class _Slot(NamedTuple):
     first: int
     end: int
     dead: bool
+    longest: int
+    """Pairs of a row of its longest tile."""
 
     @property
     def programs(self) -> int:
@@ -42,12 +51,15 @@ class _Slot(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def query_plan(heads: HeadIntervals, T: int, tile: int, device: torch.device) -> Plan:
-    """Programs over query tiles. A head's first ``lo`` queries have no key; the heaviest heads come first."""
+    """Programs over query tiles. A head's first ``lo`` queries have no key, and its first ``hi`` fewer than the others."""
     n_tiles = -(-T // tile)
-    first = [nearest(pair, T) // tile if nearest(pair, T) < T else n_tiles for pair in heads]
-    order = sorted(range(len(heads)), key=lambda h: -width(heads[h], T))
-    slots = [_Slot(h, first[h], n_tiles, dead=False) for h in order]
-    slots += [_Slot(h, 0, first[h], dead=True) for h in order]
+    slots = []
+    for h, pair in enumerate(heads):
+        first = nearest(pair, T) // tile if nearest(pair, T) < T else n_tiles
+        level = min(max(-(-(farthest(pair, T) - 1) // tile), first), n_tiles)
+        for begin, end in itertools.pairwise([*_cut(first, level), n_tiles]):
+            slots.append(_Slot(h, begin, end, False, width(pair, min(end * tile, T))))
+        slots.append(_Slot(h, 0, first, True, 0))
     return _plan(slots, heads, device)
 
 
@@ -55,12 +67,20 @@ def query_plan(heads: HeadIntervals, T: int, tile: int, device: torch.device) ->
 def key_plan(heads: HeadIntervals, group: int, T: int, tile: int, device: torch.device) -> Plan:
     """Programs over key tiles, per group of ``group`` query heads. The last ``lo`` keys have no query."""
     n_tiles = -(-T // tile)
-    members = [heads[g : g + group] for g in range(0, len(heads), group)]
-    live = [-(-(T - min(nearest(pair, T) for pair in pairs)) // tile) for pairs in members]
-    order = sorted(range(len(members)), key=lambda g: -sum(width(pair, T) for pair in members[g]))
-    slots = [_Slot(g, 0, live[g], dead=False) for g in order]
-    slots += [_Slot(g, live[g], n_tiles, dead=True) for g in order]
+    slots = []
+    for g in range(len(heads) // group):
+        pairs = heads[g * group : (g + 1) * group]
+        live = -(-(T - min(nearest(pair, T) for pair in pairs)) // tile)
+        level = min(max((T + 1 - max(farthest(pair, T) for pair in pairs)) // tile, 0), live)
+        for begin, end in itertools.pairwise([0, *_cut(level, live)]):
+            slots.append(_Slot(g, begin, end, False, sum(width(pair, T - begin * tile) for pair in pairs)))
+        slots.append(_Slot(g, live, n_tiles, True, 0))
     return _plan(slots, heads, device)
+
+
+def _cut(first: int, end: int) -> list[int]:
+    """Where the ``STRETCHES`` equal parts of ``first..end`` begin and end."""
+    return [first + (end - first) * k // STRETCHES for k in range(STRETCHES + 1)]
 
 
 @functools.lru_cache(maxsize=256)
@@ -74,12 +94,18 @@ def nearest(pair: tuple[Interval, Interval], T: int) -> int:
     return min((min(lo, T) for lo, hi in pair if lo < hi), default=T)
 
 
+def farthest(pair: tuple[Interval, Interval], T: int) -> int:
+    """The distance from which on a head attends none below ``T``; 0 if it attends none at all."""
+    return max((min(hi, T) for lo, hi in pair if lo < hi), default=0)
+
+
 def width(pair: tuple[Interval, Interval], T: int) -> int:
     """How many distances below ``T`` a head attends: the most keys that a query has."""
     return sum(max(min(hi, T) - lo, 0) for lo, hi in pair)
 
 
 def _plan(slots: list[_Slot], heads: HeadIntervals, device: torch.device) -> Plan:
+    slots = sorted(slots, key=lambda slot: (slot.dead, -slot.longest))
     size = 1 << (len(slots) - 1).bit_length()
     ends, records, programs = [], [], 0
     for slot in slots:
