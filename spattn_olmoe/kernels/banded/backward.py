@@ -89,9 +89,8 @@ def dq_kernel(
         d_out_base = d_out_ptr + batch * d_out_stride_b + head64 * d_out_stride_h
         d_out = load_rows(d_out_base, d_out_stride_t, first, T, D, D_PAD, BM)
         out = load_rows(out_ptr + contiguous, H * D, first, T, D, D_PAD, BM)
-        delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
+        q = load_rows(q_ptr + batch * q_stride_b + head64 * q_stride_h, q_stride_t, first, T, D, D_PAD, BM)
         per_row = (batch * H + head) * T + rows
-        tl.store(delta_ptr + per_row, delta, mask=rows < T)
         lse = tl.load(lse_ptr + per_row, mask=rows < T, other=0.0)
 
         doc_start = tl.zeros((BM,), tl.int32)
@@ -102,7 +101,8 @@ def dq_kernel(
             doc_first, doc_last = tl.load(doc_base + first), tl.load(doc_base + last)
         lo0, hi0, begin0, tiles0 = key_tiles(plan_ptr, head, 0, first, last, doc_first, BN, SLOTS)
         lo1, hi1, begin1, tiles1 = key_tiles(plan_ptr, head, 1, first, last, doc_first, BN, SLOTS)
-        q = load_rows(q_ptr + batch * q_stride_b + head64 * q_stride_h, q_stride_t, first, T, D, D_PAD, BM)
+        delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)  # after every load: it waits for some
+        tl.store(delta_ptr + per_row, delta, mask=rows < T)
         group = (head // GROUP).to(tl.int64)
         k_base = k_ptr + batch * k_stride_b + group * k_stride_h
         v_base = v_ptr + batch * v_stride_b + group * v_stride_h
