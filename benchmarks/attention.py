@@ -81,10 +81,10 @@ def run(args: argparse.Namespace) -> int:
                 continue
             rows = measure(setting, patterns, device, args.seconds)
             store.add(setting, rows)
-            report.print_rows(setting, rows)
+            report.print_setting(setting, report.attention_lines(rows))
             if any(row["contender"] == "ours" and "error" in row for row in rows):
                 return 1
-    for file in report.write(path):
+    for file in report.write(path, report.attention_markdown, report.attention_plot):
         print(f"wrote {file}")
     return 0
 

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             stored = {row["setting"] for row in json.loads(path.read_text())["rows"] if "error" not in row}
             settings = [setting for setting in settings if str(setting) not in stored]
         done = measure(settings, path.parent, device, steps=args.steps, limit=args.limit, note=args.note)
-    for file in report.write_training(path):
+    for file in report.write(path, report.training_markdown, report.training_plot):
         print(f"wrote {file}")
     return 0 if done else 1
 
@@ -125,7 +125,7 @@ def measure(
         rows = _measure_setting(setting, device, steps or STEPS[device], limit)
         store.add(setting, rows)
         complete &= all("error" not in row for row in rows)
-        report.print_training(str(setting), rows)
+        report.print_setting(setting, report.training_lines(rows))
     return complete
 
 
