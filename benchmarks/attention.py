@@ -118,8 +118,7 @@ class Store:
         used = sorted({row["run"] for row in self.data["rows"]})
         runs = [self.data["runs"][i] for i in used]
         rows = [row | {"run": used.index(row["run"])} for row in self.data["rows"]]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps({"runs": runs, "rows": rows}, indent=1) + "\n")
+        machine.write_json(self.path, {"runs": runs, "rows": rows})
 
 
 def measure(setting: Setting, patterns: list[str], device: str, seconds: float) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ with; a run of the same attention in another precision among them shows what rou
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,8 +62,7 @@ def main(arguments: list[str]) -> int:
         print(f"loss_curves: {error}", file=sys.stderr)
         return 2
     out = machine.results_folder(device) / "loss_curves.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"run": machine.describe(device), "rows": rows}, indent=1) + "\n")
+    machine.write_json(out, {"run": machine.describe(device), "rows": rows})
     plot_losses(folders, out.with_suffix(".png"))
     for row in rows:
         print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -59,6 +60,12 @@ def results_folder(device: str) -> Path:
     """Where the results of this machine go: one folder per GPU model, ``cpu`` for all CPUs."""
     slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") if device == "cuda" else "cpu"
     return Path(__file__).parent / "results" / slug
+
+
+def write_json(path: Path, results: Any) -> None:
+    """Store results as text that a diff can show, in a folder that is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _cpu_name() -> str:

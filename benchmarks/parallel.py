@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if not args.report:
-        RESULT.write_text(json.dumps({"run": machine.describe("cpu"), **measure()}, indent=1) + "\n")
+        machine.write_json(RESULT, {"run": machine.describe("cpu"), **measure()})
     if not RESULT.exists():
         raise ValueError(f"{RESULT} does not exist: run the benchmark first")
     PAGE.write_text(filled(PAGE.read_text(), json.loads(RESULT.read_text())))
