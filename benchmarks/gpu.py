@@ -111,7 +111,7 @@ def session(parts: Mapping[str, Part], folder: Path, *, minutes: float | None = 
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "session.json"
     ended: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
-    here = machine.describe("cuda" if torch.cuda.is_available() else "cpu")
+    here = machine.describe(machine.default_device())
     end = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     for name, part in parts.items():
         before = ended.get(name, {})

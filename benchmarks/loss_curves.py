@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import machine
 
 LAST = 20
@@ -55,7 +53,7 @@ def main(arguments: list[str]) -> int:
     from spattn_olmoe.analysis.losses import plot_losses
 
     folders = [Path(argument) for argument in arguments]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = machine.default_device()
     try:
         rows = compare(folders)
     except ValueError as error:

@@ -32,8 +32,13 @@ BOUNDS = {"NVIDIA H200": Bound(790e12, 4.3e12)}
 """Measured with large matrix products and copies, not taken from a data sheet. A GPU that is not here gets "n/a"."""
 
 
-def describe(device: str) -> dict[str, Any]:
-    """Machine, versions, commit and command of this process."""
+def default_device() -> str:
+    """``cuda`` where there is one, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def describe(device: str, note: str | None = None) -> dict[str, Any]:
+    """Machine, versions, commit and command of this process, and what a person has to say of it."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(device),
@@ -49,6 +54,7 @@ def describe(device: str) -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "command": " ".join(["python", *sys.argv]),
+        **({"note": note} if note else {}),
     }
 
 

@@ -15,8 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import attention, machine, training
 
 SETTING = attention.Setting(B=1, H=8, N=4096, D=128)
@@ -40,7 +38,7 @@ def main(args: argparse.Namespace, describe: Callable[[str], dict[str, Any]]) ->
     :param args: of ``scripts/reproduce.py``.
     :raises ValueError: ours is not correct here, or nothing can be compared.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = machine.default_device()
     out = args.out or Path("runs") / "reproduce" / args.scale
     settings = steps(device)
     if device == "cpu":
