@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from spattn_olmoe.markdown import table
 
 Row = dict[str, Any]
 
@@ -43,12 +45,6 @@ def _runs(runs: list[Row]) -> list[str]:
     return lines
 
 
-def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a table; all columns but the first two are aligned to the right."""
-    first, *lines = ("| " + " | ".join(cells) + " |" for cells in [head, *body])
-    return [first, "|---|---|" + "---:|" * (len(head) - 2), *lines]
-
-
 @contextmanager
 def _panels(path: Path, n: int, height: float) -> Iterator[list[Any]]:
     """A figure with panels below one another, written when they are drawn: the same results give the same file."""
@@ -75,7 +71,7 @@ def _unique(values: Iterable[str]) -> list[str]:
 def attention_lines(rows: list[Row]) -> list[str]:
     """One setting as it is printed: the table, and what did not run."""
     errors = [f"  {row['pattern']}, {row['contender']}: {row['error']}" for row in rows if "error" in row]
-    return [*_attention_table(rows), *errors]
+    return [_attention_table(rows), *errors]
 
 
 def attention_markdown(data: dict[str, Any]) -> str:
@@ -87,13 +83,13 @@ def attention_markdown(data: dict[str, Any]) -> str:
     ]
     for setting in _unique(row["setting"] for row in data["rows"]):
         rows = [row for row in data["rows"] if row["setting"] == setting]
-        lines += ["", f"## {setting}", "", *_attention_table(rows)]
+        lines += ["", f"## {setting}", "", _attention_table(rows)]
         errors = [f"- not timed: {r['pattern']}, {r['contender']}: {r['error']}" for r in rows if "error" in r]
         lines += ["", *errors] if errors else []
     return "\n".join(lines) + "\n"
 
 
-def _attention_table(rows: list[Row]) -> list[str]:
+def _attention_table(rows: list[Row]) -> str:
     timed = [row for row in rows if "ms" in row]
     rivals = _unique(row["contender"] for row in timed if row["contender"] not in ("ours", "ours dense"))
     head = ["mask", "mode", "ours ms", "TFLOP/s", "of bound", "peak MiB", *(f"vs {rival}" for rival in rivals)]
@@ -115,7 +111,7 @@ def _attention_table(rows: list[Row]) -> list[str]:
             other = by_key.get((row["pattern"], rival, row["mode"])) or by_key.get(("dense", rival, row["mode"]))
             cells.append(f"{other['ms'] / row['ms']:.2f}x" if other else "")
         body.append(cells)
-    return _table(head, body)
+    return table(head, body, "llr", tight=True)
 
 
 def attention_plot(rows: list[Row], path: Path) -> None:
@@ -195,7 +191,7 @@ def training_lines(rows: list[Row]) -> list[str]:
         ]
         body.append(cells)
     errors = [f"- not timed: {row['attention']}: {row['error']}" for row in rows if "error" in row]
-    return [*_table(head, body), *(["", *errors] if errors else [])]
+    return [table(head, body, "llr", tight=True), *(["", *errors] if errors else [])]
 
 
 def training_plot(rows: list[Row], path: Path) -> None:
