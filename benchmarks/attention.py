@@ -23,7 +23,7 @@ import torch
 from spattn_olmoe import attention, build_pattern
 from spattn_olmoe.patterns import Pattern
 
-from . import contenders, machine, report, timing
+from . import arguments, contenders, machine, report, timing
 from .contenders import Attend
 
 log = logging.getLogger(__name__)
@@ -59,21 +59,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--patterns", nargs="+", default=PATTERNS, metavar="NAME", help=f"default: {' '.join(PATTERNS)}"
     )
     parser.add_argument("--quick", action="store_true", help="the goals' settings: D=128, exclusive and sharing")
-    parser.add_argument("--missing", action="store_true", help="leave out the settings that are stored already")
     parser.add_argument("--seconds", type=float, default=1.5, help="time for one mode of one setting, all contenders")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--note", help="stored with the results, e.g. that the machine was shared")
-    parser.add_argument("--report", action="store_true", help="measure nothing: make the table and the plot again")
+    arguments.add_measuring(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, store, and write table and plot. 1 if ours is wrong anywhere."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or machine.default_device()
     path = machine.results_folder(device) / "attention.json"
     if not args.report:
         if device == "cpu":
             print("No GPU: this times the CPU path.")
-        store = Store(path, machine.describe(device) | ({"note": args.note} if args.note else {}))
+        store = Store(path, machine.describe(device, args.note))
         patterns = PATTERNS[:2] if args.quick else args.patterns
         stored = {(row["setting"], row["pattern"]) for row in store.data["rows"]} if args.missing else set()
         for setting in _settings(args, device):
@@ -81,10 +78,10 @@ def run(args: argparse.Namespace) -> int:
                 continue
             rows = measure(setting, patterns, device, args.seconds)
             store.add(setting, rows)
-            report.print_rows(setting, rows)
+            report.print_setting(setting, report.attention_lines(rows))
             if any(row["contender"] == "ours" and "error" in row for row in rows):
                 return 1
-    for file in report.write(path):
+    for file in report.write(path, report.attention_markdown, report.attention_plot):
         print(f"wrote {file}")
     return 0
 
@@ -118,8 +115,7 @@ class Store:
         used = sorted({row["run"] for row in self.data["rows"]})
         runs = [self.data["runs"][i] for i in used]
         rows = [row | {"run": used.index(row["run"])} for row in self.data["rows"]]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps({"runs": runs, "rows": rows}, indent=1) + "\n")
+        machine.write_json(self.path, {"runs": runs, "rows": rows})
 
 
 def measure(setting: Setting, patterns: list[str], device: str, seconds: float) -> list[dict[str, Any]]:

@@ -220,8 +220,7 @@ def run(args: argparse.Namespace) -> int:
     record["rivals"] = rival_versions(args)
     record["files"] = {path.name: path.stat().st_size for path in args.files}
     record["result"] = race(args)
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(json.dumps(record, indent=1) + "\n")
+    machine.write_json(args.results, record)
     print(json.dumps(record["result"]["table"], indent=1))
     counts = {name: runs[0]["tokens"] for name, runs in record["result"]["runs"].items()}
     if len(set(counts.values())) > 1:

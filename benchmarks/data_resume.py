@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import machine
+from . import arguments, machine
 from .usage import Usage
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_data.py"
@@ -90,19 +90,14 @@ def trial(config: str, folder: Path, kills: int, seed: int) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config")
-    parser.add_argument("folder", type=Path, help="must not exist")
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=machine.results_folder("cpu") / "data_resume.json")
+    arguments.add_kills(parser, 10, "data_resume.json")
 
 
 def run(args: argparse.Namespace) -> int:
     args.folder.mkdir(parents=True)
     record = machine.describe("cpu")
     record["result"] = trial(args.config, args.folder, args.kills, args.seed)
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(json.dumps(record, indent=1) + "\n")
+    machine.write_json(args.results, record)
     if different := record["result"]["different_files"]:
         raise ValueError(f"{len(record['result']['kills'])} kills: these files differ: {', '.join(different)}")
     print(f"{len(record['result']['kills'])} kills: every file is identical")

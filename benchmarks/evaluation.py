@@ -9,7 +9,6 @@ size, in turns; a round times each once, tokenising included, loading not. That 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from typing import Any
 
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         "hf_time_over_ours": found["hf"].ms / found["ours"].ms,
     }
     path = machine.results_folder("cpu") / "evaluation.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    machine.write_json(path, results)
     for name, rate in results["requests_per_second"].items():
         print(f"{name:5} {rate:8.1f} requests/s, median of {found[name].rounds} rounds")
     print(f"ours at {results['hf_time_over_ours']:.2f} times the speed of hf\n{path}")

@@ -111,7 +111,7 @@ def session(parts: Mapping[str, Part], folder: Path, *, minutes: float | None = 
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "session.json"
     ended: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
-    here = machine.describe("cuda" if torch.cuda.is_available() else "cpu")
+    here = machine.describe(machine.default_device())
     end = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     for name, part in parts.items():
         before = ended.get(name, {})
@@ -127,7 +127,7 @@ def session(parts: Mapping[str, Part], folder: Path, *, minutes: float | None = 
         how = _run(part, folder / f"{name}.log", min(part.seconds, left))
         seconds = round(time.monotonic() - start, 1)
         ended[name] = {"ended": how, "seconds": seconds, "commands": [list(c) for c in part.commands], "machine": here}
-        record.write_text(json.dumps(ended, indent=1) + "\n")
+        machine.write_json(record, ended)
         print(f"{name}: ended {how} after {seconds:.0f} s; see {folder / name}.log", flush=True)
     return 0 if all(ended.get(name, {}).get("ended") == "well" for name in parts) else 1
 

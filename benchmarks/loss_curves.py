@@ -7,12 +7,9 @@ with; a run of the same attention in another precision among them shows what rou
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from . import machine
 
@@ -56,15 +53,14 @@ def main(arguments: list[str]) -> int:
     from spattn_olmoe.analysis.losses import plot_losses
 
     folders = [Path(argument) for argument in arguments]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = machine.default_device()
     try:
         rows = compare(folders)
     except ValueError as error:
         print(f"loss_curves: {error}", file=sys.stderr)
         return 2
     out = machine.results_folder(device) / "loss_curves.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"run": machine.describe(device), "rows": rows}, indent=1) + "\n")
+    machine.write_json(out, {"run": machine.describe(device), "rows": rows})
     plot_losses(folders, out.with_suffix(".png"))
     for row in rows:
         print(

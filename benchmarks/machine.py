@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -31,8 +32,13 @@ BOUNDS = {"NVIDIA H200": Bound(790e12, 4.3e12)}
 """Measured with large matrix products and copies, not taken from a data sheet. A GPU that is not here gets "n/a"."""
 
 
-def describe(device: str) -> dict[str, Any]:
-    """Machine, versions, commit and command of this process."""
+def default_device() -> str:
+    """``cuda`` where there is one, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def describe(device: str, note: str | None = None) -> dict[str, Any]:
+    """Machine, versions, commit and command of this process, and what a person has to say of it."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(device),
@@ -48,6 +54,7 @@ def describe(device: str) -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "command": " ".join(["python", *sys.argv]),
+        **({"note": note} if note else {}),
     }
 
 
@@ -59,6 +66,12 @@ def results_folder(device: str) -> Path:
     """Where the results of this machine go: one folder per GPU model, ``cpu`` for all CPUs."""
     slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") if device == "cuda" else "cpu"
     return Path(__file__).parent / "results" / slug
+
+
+def write_json(path: Path, results: Any) -> None:
+    """Store results as text that a diff can show, in a folder that is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _cpu_name() -> str:

@@ -74,8 +74,7 @@ def run(args: argparse.Namespace) -> int:
         for name in args.only or CASES:
             rows.append(measure(name, Path(folder), data))
             print(line(rows[-1]), flush=True)
-            result = {"machine": machine.describe("cpu"), "rows": rows}
-            out.write_text(json.dumps(result, indent=1) + "\n")
+            machine.write_json(out, {"machine": machine.describe("cpu"), "rows": rows})
     print(f"wrote {out}")
     return 0
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from olmo_core.exceptions import OLMoConfigurationError
 
+from spattn_olmoe.markdown import table
 from spattn_olmoe.olmo.experiment import check_layout
 from spattn_olmoe.patterns import build_pattern
 from spattn_olmoe.patterns.head_order import imbalance
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if not args.report:
-        RESULT.write_text(json.dumps({"run": machine.describe("cpu"), **measure()}, indent=1) + "\n")
+        machine.write_json(RESULT, {"run": machine.describe("cpu"), **measure()})
     if not RESULT.exists():
         raise ValueError(f"{RESULT} does not exist: run the benchmark first")
     PAGE.write_text(filled(PAGE.read_text(), json.loads(RESULT.read_text())))
@@ -117,10 +118,11 @@ def refused() -> list[dict[str, Any]]:
 
 def filled(page: str, data: dict[str, Any]) -> str:
     """The page with its tables made anew, each between two comments that name it."""
-    for name, table in {
+    for name, text in {
         "layouts": _layouts(data["layouts"]),
-        "refused": ["| layout | what a run says |", "|---|---|"]
-        + [f"| {row['layout']} | {row['reason']} |" for row in data["refused"]],
+        "refused": table(
+            ["layout", "what a run says"], [[row["layout"], row["reason"]] for row in data["refused"]], "l", tight=True
+        ),
         "local_batch": _differences(data["local_batch"], ("ranks", "layout")),
         "resumed": _differences(data["resumed"], ("run",)),
         "head_order": head_order_table(),
@@ -130,35 +132,28 @@ def filled(page: str, data: dict[str, Any]) -> str:
         _, found, after = rest.partition(end)
         if not found:
             raise ValueError(f"{PAGE} has no place for the table {name!r}: {begin.strip()} ... {end.strip()}")
-        page = before + begin + "\n".join(table) + end + after
+        page = before + begin + text + end + after
     return page
 
 
-def _layouts(rows: list[dict[str, Any]]) -> list[str]:
+def _layouts(rows: list[dict[str, Any]]) -> str:
     head = ["ranks", "layout", *(f"{key}, {kind}" for kind in KINDS for key in KEYS)]
-    lines = ["| " + " | ".join(head) + " |", "|---:|---|" + "---:|" * (len(head) - 2)]
+    body = []
     for ranks, layout in dict.fromkeys((row["ranks"], row["layout"]) for row in rows):
         mine = {row["attention"]: row for row in rows if (row["ranks"], row["layout"]) == (ranks, layout)}
-        cells = [f"{mine[kind][key]:.0e}" for kind in KINDS for key in KEYS]
-        lines.append(f"| {ranks} | {layout} | " + " | ".join(cells) + " |")
-    return lines
+        body.append([str(ranks), layout, *(f"{mine[kind][key]:.0e}" for kind in KINDS for key in KEYS)])
+    return table(head, body, "rlr", tight=True)
 
 
-def _differences(rows: list[dict[str, Any]], names: tuple[str, ...]) -> list[str]:
-    lines = ["| " + " | ".join((*names, *KEYS)) + " |", "|" + "---|" * len(names) + "---:|" * len(KEYS)]
-    return lines + [
-        "| " + " | ".join([*(str(row[name]) for name in names), *(f"{row[key]:.0e}" for key in KEYS)]) + " |"
-        for row in rows
-    ]
+def _differences(rows: list[dict[str, Any]], names: tuple[str, ...]) -> str:
+    body = [[*(str(row[name]) for name in names), *(f"{row[key]:.0e}" for key in KEYS)] for row in rows]
+    return table([*names, *KEYS], body, "l" * len(names) + "r", tight=True)
 
 
-def head_order_table() -> list[str]:
+def head_order_table() -> str:
     """The busiest rank's attended pairs over the mean, natural order and balanced: arithmetic, not measured."""
     degrees = (2, 4, 8)
-    lines = [
-        "| heads, band length | attention | " + " | ".join(f"{d} ranks: natural, balanced" for d in degrees) + " |",
-        "|---|---|" + "---:|" * len(degrees),
-    ]
+    body = []
     for H, N in ((8, 1024), (16, 4096)):
         for label, sharing in (("exclusive", False), ("sharing", True)):
             orders = [
@@ -166,5 +161,6 @@ def head_order_table() -> list[str]:
                 for order in ("natural", "balanced")
             ]
             cells = [", ".join(f"{imbalance(pairs, d):.3f}" for pairs in orders) for d in degrees]
-            lines.append(f"| {H}, {N} | {label} | " + " | ".join(cells) + " |")
-    return lines
+            body.append([f"{H}, {N}", label, *cells])
+    head = ["heads, band length", "attention", *(f"{d} ranks: natural, balanced" for d in degrees)]
+    return table(head, body, "llr", tight=True)

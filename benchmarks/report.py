@@ -3,45 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from spattn_olmoe.markdown import table
 
 Row = dict[str, Any]
 
 
-def write(path: Path) -> list[Path]:
-    """``attention.md`` and ``attention.svg`` beside a result file."""
+def write(path: Path, markdown: Callable[[dict[str, Any]], str], plot: Callable[[list[Row], Path], None]) -> list[Path]:
+    """Table and plot beside a result file, under its name with ``.md`` and ``.svg``.
+
+    :raises ValueError: there is no such file.
+    """
     if not path.exists():
         raise ValueError(f"{path} does not exist: run the benchmark first")
     data = json.loads(path.read_text())
-    table, plot = path.with_suffix(".md"), path.with_suffix(".svg")
-    table.write_text(markdown(data))
-    _plot(data["rows"], plot)
-    return [table, plot]
+    paths = [path.with_suffix(".md"), path.with_suffix(".svg")]
+    paths[0].write_text(markdown(data))
+    plot(data["rows"], paths[1])
+    return paths
 
 
-def print_rows(setting: object, rows: list[Row]) -> None:
-    print(f"\n{setting}")
-    print("\n".join(_table(rows)))
-    for row in rows:
-        if "error" in row:
-            print(f"  {row['pattern']}, {row['contender']}: {row['error']}")
-
-
-def markdown(data: dict[str, Any]) -> str:
-    """The whole report: where it was measured, one table a setting, and what did not run."""
-    lines = ["# Attention", "", *_runs(data["runs"])]
-    lines += [
-        "",
-        "Median ms. The ratios are the rival's time by ours: above 1 ours is faster. TFLOP/s count attended pairs only.",
-    ]
-    for setting in _unique(row["setting"] for row in data["rows"]):
-        rows = [row for row in data["rows"] if row["setting"] == setting]
-        lines += ["", f"## {setting}", "", *_table(rows)]
-        errors = [f"- not timed: {r['pattern']}, {r['contender']}: {r['error']}" for r in rows if "error" in r]
-        lines += ["", *errors] if errors else []
-    return "\n".join(lines) + "\n"
+def print_setting(setting: object, lines: list[str]) -> None:
+    """What was measured of one setting, as it is known."""
+    print(f"\n{setting}", *lines, sep="\n", flush=True)
 
 
 def _runs(runs: list[Row]) -> list[str]:
@@ -57,11 +45,55 @@ def _runs(runs: list[Row]) -> list[str]:
     return lines
 
 
-def _table(rows: list[Row]) -> list[str]:
+@contextmanager
+def _panels(path: Path, n: int, height: float) -> Iterator[list[Any]]:
+    """A figure with panels below one another, written when they are drawn: the same results give the same file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = path.stem
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(max(n, 1), 1, figsize=(8, height * max(n, 1)), squeeze=False)
+    yield list(axes[:n, 0])
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def _unique(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def attention_lines(rows: list[Row]) -> list[str]:
+    """One setting as it is printed: the table, and what did not run."""
+    errors = [f"  {row['pattern']}, {row['contender']}: {row['error']}" for row in rows if "error" in row]
+    return [_attention_table(rows), *errors]
+
+
+def attention_markdown(data: dict[str, Any]) -> str:
+    """The whole report: where it was measured, one table a setting, and what did not run."""
+    lines = ["# Attention", "", *_runs(data["runs"])]
+    lines += [
+        "",
+        "Median ms. The ratios are the rival's time by ours: above 1 ours is faster. TFLOP/s count attended pairs only.",
+    ]
+    for setting in _unique(row["setting"] for row in data["rows"]):
+        rows = [row for row in data["rows"] if row["setting"] == setting]
+        lines += ["", f"## {setting}", "", _attention_table(rows)]
+        errors = [f"- not timed: {r['pattern']}, {r['contender']}: {r['error']}" for r in rows if "error" in r]
+        lines += ["", *errors] if errors else []
+    return "\n".join(lines) + "\n"
+
+
+def _attention_table(rows: list[Row]) -> str:
     timed = [row for row in rows if "ms" in row]
     rivals = _unique(row["contender"] for row in timed if row["contender"] not in ("ours", "ours dense"))
     head = ["mask", "mode", "ours ms", "TFLOP/s", "of bound", "peak MiB", *(f"vs {rival}" for rival in rivals)]
-    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+    body = []
     by_key = {(row["pattern"], row["contender"], row["mode"]): row for row in timed}
     for row in timed:
         if row["contender"] not in ("ours", "ours dense"):
@@ -78,60 +110,34 @@ def _table(rows: list[Row]) -> list[str]:
         for rival in rivals:
             other = by_key.get((row["pattern"], rival, row["mode"])) or by_key.get(("dense", rival, row["mode"]))
             cells.append(f"{other['ms'] / row['ms']:.2f}x" if other else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        body.append(cells)
+    return table(head, body, "llr", tight=True)
 
 
-def _plot(rows: list[Row], path: Path) -> None:
+def attention_plot(rows: list[Row], path: Path) -> None:
     """Speed-up of fwd+bwd over each rival: one panel a setting, one group of bars a mask."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "attention"  # the same results give the same file
-    from matplotlib import pyplot as plt
-
     timed = [row for row in rows if row.get("mode") == "fwd+bwd"]
     settings = _unique(row["setting"] for row in timed)
-    figure, axes = plt.subplots(len(settings), 1, figsize=(8, 2.6 * len(settings)), squeeze=False)
-    for setting, axis in zip(settings, axes[:, 0], strict=True):
-        mine = [row for row in timed if row["setting"] == setting]
-        ours = [row for row in mine if row["contender"] == "ours"]
-        rivals = _unique(row["contender"] for row in mine if row["contender"] not in ("ours", "ours dense"))
-        by_key = {(row["pattern"], row["contender"]): row["ms"] for row in mine}
-        for n, rival in enumerate(rivals):
-            ratios = [
-                by_key.get((row["pattern"], rival), by_key.get(("dense", rival), float("nan"))) / row["ms"]
-                for row in ours
-            ]
-            axis.bar([i + n * 0.8 / len(rivals) for i in range(len(ours))], ratios, 0.8 / len(rivals), label=rival)
-        axis.set_xticks([i + 0.4 - 0.4 / len(rivals) for i in range(len(ours))], [row["pattern"] for row in ours])
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_ylabel("rival's time / ours")
-        axis.set_title(f"{setting}, forward and backward")
-        axis.legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    with _panels(path, len(settings), 2.6) as axes:
+        for setting, axis in zip(settings, axes, strict=True):
+            mine = [row for row in timed if row["setting"] == setting]
+            ours = [row for row in mine if row["contender"] == "ours"]
+            rivals = _unique(row["contender"] for row in mine if row["contender"] not in ("ours", "ours dense"))
+            by_key = {(row["pattern"], row["contender"]): row["ms"] for row in mine}
+            for n, rival in enumerate(rivals):
+                ratios = [
+                    by_key.get((row["pattern"], rival), by_key.get(("dense", rival), float("nan"))) / row["ms"]
+                    for row in ours
+                ]
+                axis.bar([i + n * 0.8 / len(rivals) for i in range(len(ours))], ratios, 0.8 / len(rivals), label=rival)
+            axis.set_xticks([i + 0.4 - 0.4 / len(rivals) for i in range(len(ours))], [row["pattern"] for row in ours])
+            axis.axhline(1, color="black", linewidth=0.8)
+            axis.set_ylabel("rival's time / ours")
+            axis.set_title(f"{setting}, forward and backward")
+            axis.legend(fontsize="small")
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
-
-
-def write_training(path: Path) -> list[Path]:
-    """``training.md`` and ``training.svg`` beside a result file."""
-    if not path.exists():
-        raise ValueError(f"{path} does not exist: run the benchmark first")
-    data = json.loads(path.read_text())
-    table, plot = path.with_suffix(".md"), path.with_suffix(".svg")
-    table.write_text(training_markdown(data))
-    _training_plot(data["rows"], plot)
-    return [table, plot]
-
-
-def print_training(setting: str, rows: list[Row]) -> None:
-    print(f"\n{setting}")
-    print("\n".join(_training_table(rows)), flush=True)
-
 
 _TRAINING_WORDS = """
 A step is forward, backward, clipping and AdamW, of one device. `step ratio`: the standard step's time by this one's.
@@ -147,11 +153,12 @@ def training_markdown(data: dict[str, Any]) -> str:
     lines = ["# Training", "", *_runs(data["runs"]), _TRAINING_WORDS.rstrip()]
     for setting in _unique(row["setting"] for row in data["rows"]):
         lines += ["", f"## {setting}", ""]
-        lines += _training_table([row for row in data["rows"] if row["setting"] == setting])
+        lines += training_lines([row for row in data["rows"] if row["setting"] == setting])
     return "\n".join(lines) + "\n"
 
 
-def _training_table(rows: list[Row]) -> list[str]:
+def training_lines(rows: list[Row]) -> list[str]:
+    """One setting: the table, and what did not run."""
     head = [
         "attention",
         "kernel",
@@ -164,7 +171,7 @@ def _training_table(rows: list[Row]) -> list[str]:
         "peak GiB",
     ]
     head += ["layers", "waits", "loop"]
-    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+    body = []
     timed = {row["attention"]: row for row in rows if "ms" in row}
     base = timed.get("standard")
     for row in timed.values():
@@ -182,44 +189,31 @@ def _training_table(rows: list[Row]) -> list[str]:
             str(sum(n for name, n in profile["waits"].items() if name.startswith("cuda"))) if profile else "n/a",
             ("yes" if profile["loops_over_experts"] else "no") if profile else "n/a",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        body.append(cells)
     errors = [f"- not timed: {row['attention']}: {row['error']}" for row in rows if "error" in row]
-    return lines + (["", *errors] if errors else [])
+    return [table(head, body, "llr", tight=True), *(["", *errors] if errors else [])]
 
 
-def _training_plot(rows: list[Row], path: Path) -> None:
+def training_plot(rows: list[Row], path: Path) -> None:
     """Tokens per second by length: one panel a model, one line an attention type, dashed where compiled."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "training"  # the same results give the same file
-    from matplotlib import pyplot as plt
-
     timed = [row for row in rows if "ms" in row]
     models = _unique(row["model"] for row in timed)
-    figure, axes = plt.subplots(max(len(models), 1), 1, figsize=(8, 3.2 * max(len(models), 1)), squeeze=False)
-    for model, axis in zip(models, axes[:, 0], strict=False):
-        for colour, attention in enumerate(_unique(row["attention"] for row in timed)):
-            for compiled in (False, True):
-                found = {
-                    row["N"]: row["tokens_per_second"]
-                    for row in timed
-                    if (row["model"], row["attention"], row["compiled"]) == (model, attention, compiled)
-                }
-                if found:
-                    label = attention + (", compiled" if compiled else "")
-                    style = {"color": f"C{colour}", "linestyle": "--" if compiled else "-", "marker": "o"}
-                    axis.plot(sorted(found), [found[N] for N in sorted(found)], label=label, **style)
-        axis.set_xscale("log", base=2)
-        axis.set_ylim(bottom=0)
-        axis.set_xlabel("sequence length N")
-        axis.set_ylabel("tokens/s")
-        axis.set_title(model)
-        axis.legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-
-
-def _unique(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(values))
+    with _panels(path, len(models), 3.2) as axes:
+        for model, axis in zip(models, axes, strict=True):
+            for colour, attention in enumerate(_unique(row["attention"] for row in timed)):
+                for compiled in (False, True):
+                    found = {
+                        row["N"]: row["tokens_per_second"]
+                        for row in timed
+                        if (row["model"], row["attention"], row["compiled"]) == (model, attention, compiled)
+                    }
+                    if found:
+                        label = attention + (", compiled" if compiled else "")
+                        style = {"color": f"C{colour}", "linestyle": "--" if compiled else "-", "marker": "o"}
+                        axis.plot(sorted(found), [found[N] for N in sorted(found)], label=label, **style)
+            axis.set_xscale("log", base=2)
+            axis.set_ylim(bottom=0)
+            axis.set_xlabel("sequence length N")
+            axis.set_ylabel("tokens/s")
+            axis.set_title(model)
+            axis.legend(fontsize="small")

@@ -11,7 +11,6 @@ Processes are forked from a server that has imported everything: a new Python ea
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import random
@@ -25,7 +24,7 @@ from typing import Any
 
 from spattn_olmoe.olmo.callbacks import read_metrics
 
-from . import machine
+from . import arguments, machine
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
 LIMIT = 300.0
@@ -134,13 +133,9 @@ def soak(config: str, folder: Path, overrides: list[str], *, kills: int, steps: 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config")
-    parser.add_argument("folder", type=Path, help="must not exist")
+    arguments.add_kills(parser, 50, "soak.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=machine.results_folder("cpu") / "soak.json")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -149,8 +144,7 @@ def run(args: argparse.Namespace) -> int:
     record["result"] = result = soak(
         args.config, args.folder, args.overrides, kills=args.kills, steps=args.steps, seed=args.seed
     )
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(json.dumps(record, indent=1) + "\n")
+    machine.write_json(args.results, record)
     if result["steps_that_differ"]:
         raise ValueError(f"{result['kills']} kills: these steps differ: {result['steps_that_differ']}")
     print(f"{result['kills']} kills: all {result['steps']} steps are identical")

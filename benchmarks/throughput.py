@@ -15,9 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from . import attention, training
+from . import attention, machine, training
 
 SETTING = attention.Setting(B=1, H=8, N=4096, D=128)
 PAPER_ATTENTION = 2.0  # "approximately", exclusive or with sharing is not said
@@ -40,7 +38,7 @@ def main(args: argparse.Namespace, describe: Callable[[str], dict[str, Any]]) ->
     :param args: of ``scripts/reproduce.py``.
     :raises ValueError: ours is not correct here, or nothing can be compared.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = machine.default_device()
     out = args.out or Path("runs") / "reproduce" / args.scale
     settings = steps(device)
     if device == "cpu":
@@ -63,10 +61,9 @@ def main(args: argparse.Namespace, describe: Callable[[str], dict[str, Any]]) ->
         "attention": rows,
         "training": [row for row in stored if row["setting"] in wanted],
     }
-    for name, text in (("json", json.dumps(results, indent=1) + "\n"), ("md", markdown(results))):
-        path = out / f"throughput.{name}"
-        path.write_text(text)
-        print(path)
+    machine.write_json(out / "throughput.json", results)
+    (out / "throughput.md").write_text(markdown(results))
+    print(out / "throughput.json", out / "throughput.md", sep="\n")
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import machine, report
+from . import arguments, machine, report
 from .attention import Store
 from .training_step import ROOT, Job
 
@@ -66,17 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", nargs="+", type=int, metavar="N", help="default: 1024 4096 16384 65536")
     parser.add_argument("--compile", choices=("on", "off", "both"), help="default: both, on a CPU off")
     parser.add_argument("--quick", action="store_true", help="the paper's two settings, not compiled and compiled")
-    parser.add_argument("--missing", action="store_true", help="leave out the settings that are stored already")
     parser.add_argument("--steps", type=int, help="timed steps, default 8, on a CPU 5")
     parser.add_argument("--limit", type=float, default=300, metavar="S", help="seconds for one setup; default 300")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--note", help="stored with the results, e.g. that the machine was shared")
-    parser.add_argument("--report", action="store_true", help="measure nothing: make the table and the plot again")
+    arguments.add_measuring(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, store, and write table and plot. 1 if no setting could be measured."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or machine.default_device()
     path = machine.results_folder(device) / "training.json"
     done = True
     if not args.report:
@@ -87,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
             stored = {row["setting"] for row in json.loads(path.read_text())["rows"] if "error" not in row}
             settings = [setting for setting in settings if str(setting) not in stored]
         done = measure(settings, path.parent, device, steps=args.steps, limit=args.limit, note=args.note)
-    for file in report.write_training(path):
+    for file in report.write(path, report.training_markdown, report.training_plot):
         print(f"wrote {file}")
     return 0 if done else 1
 
@@ -119,13 +116,13 @@ def measure(
     :param limit: seconds that one setup may take.
     :returns: whether every setting has a time for every attention type.
     """
-    store = Store(folder / "training.json", machine.describe(device) | ({"note": note} if note else {}))
+    store = Store(folder / "training.json", machine.describe(device, note))
     complete = True
     for setting in settings:
         rows = _measure_setting(setting, device, steps or STEPS[device], limit)
         store.add(setting, rows)
         complete &= all("error" not in row for row in rows)
-        report.print_training(str(setting), rows)
+        report.print_setting(setting, report.training_lines(rows))
     return complete
 
 

@@ -38,13 +38,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(words)
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt  # not SIGINT, which a shell's background jobs ignore
-
-
 def main() -> None:
     args = parse()
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
     with user_errors():
         quiet()
         if args.target == "throughput":

@@ -12,6 +12,7 @@ import torch
 from ..evaluation.checkpoint import Checkpoint
 from ..evaluation.loss import HeldOut
 from ..evaluation.report import attention_name
+from ..markdown import table
 from .heads import DIVERSITIES, measure_heads, plot_heads, summary
 
 _TOKENS = 4096  # of a batch
@@ -67,14 +68,14 @@ def cut(text: HeldOut, length: int, sequences: int) -> torch.Tensor:
 def markdown(results: dict[str, Any]) -> str:
     """The table, and what its columns are."""
     head = ["", "mean entropy", *DIVERSITIES]
-    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    body = []
     for name, found in results["checkpoints"].items():
-        rows.append([name, f"{found['entropy']:.4f}", *(f"{x:.4f}" for x in found["diversity"].values())])
+        body.append([name, f"{found['entropy']:.4f}", *(f"{x:.4f}" for x in found["diversity"].values())])
     lines = [
         f"Attention heads on {results['sequences']} held-out sequences of {results['data']}: entropy in nats, over queries "
         "that have a key, mean over heads and layers; diversity of a layer's heads, mean over layers.",
         "",
-        *("| " + " | ".join(row) + " |" for row in rows),
+        table(head, body),
         "",
         *(f"- `{name}`: {text}" for name, text in results["definitions"].items()),
     ]

@@ -27,8 +27,8 @@ from packaging.requirements import Requirement
 
 from ..olmo.callbacks import WandB
 from ..olmo.config import ExperimentConfig
-from ..olmo.experiment import check_data, data_files
 from ..olmo.remedies import TESTED_RELEASE
+from ..olmo.shards import check_data, data_files
 from ..planning.layouts import Layout, NotModelled
 from ..planning.machines import assumed
 from ..planning.memory import checkpoint_bytes, memory

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from olmo_core.distributed.utils import get_world_size
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.generate.generation_module import TransformerGenerationModule
 from olmo_core.nn.transformer import TransformerConfig
@@ -20,7 +21,6 @@ from ..olmo.attach import layer_patterns, with_band_length
 from ..olmo.checkpoints import resolve_checkpoint
 from ..olmo.fingerprint import FILE_NAME, Fingerprint
 from ..olmo.generation import load_generator, load_tokenizer, read_checkpoint_config
-from . import ranks
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,8 @@ def _device(name: str) -> torch.device:
         raise OLMoConfigurationError(f"device={name}: not a device; say cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OLMoConfigurationError(f"device={name}: there is no such GPU here; say cpu to do without")
-    if device.index is not None and ranks.world_size() > 1:
-        raise OLMoConfigurationError(
-            f"device={name}: {ranks.world_size()} ranks cannot share it; leave it to each rank"
-        )
+    if device.index is not None and get_world_size() > 1:
+        raise OLMoConfigurationError(f"device={name}: {get_world_size()} ranks cannot share it; leave it to each rank")
     return device
 
 

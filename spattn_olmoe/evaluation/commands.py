@@ -136,8 +136,9 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _loss(args: argparse.Namespace, folders: list[str], options: dict[str, Any]) -> None:
     import numpy as np
+    from olmo_core.distributed.utils import get_rank
 
-    from . import loss, ranks
+    from . import loss
     from .checkpoint import Checkpoint
     from .report import attention_name
     from .run import versions, writable_folder, write, writing_to
@@ -162,7 +163,7 @@ def _loss(args: argparse.Namespace, folders: list[str], options: dict[str, Any])
         if runs:
             run["difference_from_first"] = loss.differences(runs[0]["loss"], rows)
         runs.append(run)
-    if ranks.rank() != 0:
+    if get_rank() != 0:
         return
     results = {
         "format": LOSS_FORMAT,

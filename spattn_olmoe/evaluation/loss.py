@@ -12,6 +12,7 @@ import torch
 from olmo_core.exceptions import OLMoConfigurationError
 
 from ..data.manifest import Manifest, verify
+from ..markdown import table
 from . import ranks, statistics
 from .checkpoint import Checkpoint
 from .compare import NO_DIFFERENCE
@@ -150,7 +151,7 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         *(f"- {chr(65 + i)}: {run['checkpoint']}, band_length={run['band_length']}" for i, run in enumerate(runs)),
         "",
-        _table(head, body),
+        table(head, body, "l"),
     ]
     for i, run in enumerate(runs[1:], 1):
         letter = chr(65 + i)
@@ -165,7 +166,7 @@ def markdown(results: dict[str, Any]) -> str:
             for row in run["difference_from_first"]
         ]
         head = ["tokens of context", f"{letter} - A", "95 % interval", "p (Holm)", ""]
-        text += ["", f"{letter} against A, paired over sequences:", "", _table(head, rows)]
+        text += ["", f"{letter} against A, paired over sequences:", "", table(head, rows, "l")]
     return "\n".join(text) + "\n"
 
 
@@ -176,7 +177,3 @@ def _label(context: list[int]) -> str:
 
 def _loss(row: dict[str, Any]) -> str:
     return f"{row['loss']:.4f}" + ("" if row["stderr"] is None else f" +- {row['stderr']:.4f}")
-
-
-def _table(head: list[str], body: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])

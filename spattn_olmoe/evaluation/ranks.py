@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from olmo_core.distributed.utils import all_gather_object, get_rank, get_world_size
 from tqdm import tqdm
 
 Batch = TypeVar("Batch")
@@ -33,14 +34,6 @@ def together() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def share_out(
     batches: Sequence[Batch], compute: Callable[[Batch], Sequence[Result]], *, description: str, quiet: bool = False
 ) -> Iterator[Result]:
@@ -48,13 +41,12 @@ def share_out(
 
     One rank alone yields results as they come.
     """
-    n, me = world_size(), rank()
+    n, me = get_world_size(), get_rank()
     own = tqdm(batches[me::n], desc=description, disable=quiet or me != 0)
     if n == 1:
         for batch in own:
             yield from compute(batch)
         return
-    shares: list[Any] = [None] * n
-    dist.all_gather_object(shares, [list(compute(batch)) for batch in own])
+    shares = all_gather_object([list(compute(batch)) for batch in own])
     for i in range(len(batches)):
         yield from shares[i % n][i // n]

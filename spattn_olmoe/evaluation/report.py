@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..markdown import table
 from .compare import NO_DIFFERENCE, Difference, average, columns_of
 from .suites import SUITES, implied_stderr
 
@@ -49,8 +50,8 @@ def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
 def markdown(results: dict[str, Any]) -> str:
     """The table of a result, with its conditions above it."""
     suite = SUITES.get(results["suite"])
-    table = _paper_table(results) if suite and suite.paper else _list_table(results)
-    return f"{_conditions(results)}\n\n{table}\n"
+    scores = _paper_table(results) if suite and suite.paper else _list_table(results)
+    return f"{_conditions(results)}\n\n{scores}\n"
 
 
 def _conditions(results: dict[str, Any]) -> str:
@@ -90,7 +91,7 @@ def _paper_table(results: dict[str, Any]) -> str:
     for method, values, printed in suite.paper:
         if abs((mean := sum(values) / len(values)) - printed) > 2e-4:
             note += f" The average printed for {method}, {printed:.4f}, is not its columns' mean, {mean:.4f}."
-    return f"{_table(head, body)}\n\n{note}"
+    return f"{table(head, body, 'l')}\n\n{note}"
 
 
 def _list_table(results: dict[str, Any]) -> str:
@@ -106,7 +107,7 @@ def _list_table(results: dict[str, Any]) -> str:
         ]
         for row in rows(results)
     ]
-    return _table(head, body)
+    return table(head, body, "l")
 
 
 def csv_text(results: dict[str, Any]) -> str:
@@ -156,7 +157,7 @@ def comparison_markdown(a: dict[str, Any], b: dict[str, Any], differences: Seque
     )
     return (
         f"A: {attention_name(a)}, {a['checkpoint']}\nB: {attention_name(b)}, {b['checkpoint']}\n\n"
-        f"{_table(head, body)}\n\n{summary} Intervals are paired bootstraps over the same questions, p is McNemar's exact "
+        f"{table(head, body, 'l')}\n\n{summary} Intervals are paired bootstraps over the same questions, p is McNemar's exact "
         "test (a permutation test for what is not right or wrong), p (Holm) allows for the number of rows. One training run "
         "of each is compared: what another seed would give is not in the intervals.\n"
     )
@@ -173,8 +174,3 @@ def write_tables(results: dict[str, Any], stem: Path) -> list[Path]:
 def _cell(cell: Cell) -> str:
     value, stderr = cell
     return f"{value:.4f}" if stderr is None else f"{value:.4f} +- {stderr:.4f}"
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -16,10 +16,11 @@ from typing import Any
 import lm_eval
 import torch
 from lm_eval.tasks import TaskManager
+from olmo_core.distributed.utils import get_rank, get_world_size
 
 from ..data.files import replace_file
 from ..patterns.registry import nearest
-from . import offline, ranks
+from . import offline
 from .model import SPAttnLM
 from .suites import Column, Suite
 
@@ -52,7 +53,7 @@ def evaluate(
         for column in suite.columns:
             if column.num_fewshot == shots and column.key not in measured:
                 measured[column.key] = _measurement(column, done)
-    if ranks.rank() != 0:
+    if get_rank() != 0:
         return None
     layers = lm.checkpoint.layers
     return {
@@ -69,7 +70,7 @@ def evaluate(
         "limit": limit,
         "batch_size": lm.batch_size,
         "device": _device(lm.device),
-        "ranks": ranks.world_size(),
+        "ranks": get_world_size(),
         "versions": versions(),
         "measurements": measured,
     }

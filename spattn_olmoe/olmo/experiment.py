@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import os
 from fnmatch import fnmatch
-from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from olmo_core.data import NumpyDatasetConfig
 from olmo_core.distributed.parallel import DataParallelType
 from olmo_core.distributed.utils import broadcast_object, get_rank
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.io import is_url, normalize_path
+from olmo_core.io import normalize_path
 from olmo_core.nn.transformer import TransformerActivationCheckpointingMode, TransformerBlockConfig
 from olmo_core.train import LoadStrategy, Trainer, prepare_training_environment
 from olmo_core.train.callbacks import ConfigSaverCallback, ConsoleLoggerCallback, SpeedMonitorCallback
 from olmo_core.train.train_module import TransformerTrainModuleConfig
 from olmo_core.utils import seed_all
 
-from ..data.errors import DataError
-from ..data.manifest import Manifest, verify, verify_shard
-from ..data.writer import Shard
 from ..patterns.head_order import NATURAL
 from .attach import AUTO, layer_patterns
 from .callbacks import CheckpointFiles, MetricsFile, Progress, Throughput
@@ -35,15 +27,12 @@ from .config import ExperimentConfig
 from .evaluators import check_evaluators, check_not_empty, held_out_datasets, label_all_files
 from .fingerprint import FILE_NAME as FINGERPRINT_FILE
 from .fingerprint import Fingerprint, check_checkpoint
-from .generation import TOKENIZER_FILE
 from .mixer import PatternAttentionConfig
-from .ranks import first_problem
 from .remedies import apply_remedies
 from .resilience import ShieldDataWorkers, SkipNonFinite, survive_evaluations
+from .shards import DATA_FILE, check_data, check_same_data, data_files, shard_hashes, tokenizer_file, verify_shards
 
 log = logging.getLogger(__name__)
-
-DATA_FILE = "data.json"
 
 
 def prepare(config: ExperimentConfig, *, verify_data: bool = False) -> Trainer:
@@ -286,111 +275,6 @@ def _check_recomputation(config: ExperimentConfig) -> None:
             )
 
 
-def data_files(dataset: NumpyDatasetConfig, key: str = "dataset") -> list[str]:
-    """The files of a dataset, patterns expanded.
-
-    :param key: where the dataset stands in the config.
-    :raises OLMoConfigurationError: there are none.
-    """
-    if not dataset.paths:
-        if dataset.mix is not None or getattr(dataset, "source_mixture_config", None) is not None:
-            return []
-        raise OLMoConfigurationError(
-            f"{key}.paths is not set: name the token shards, such as {key}.paths=[data/dclm/train-*.bin]; "
-            "scripts/prepare_data.py makes them"
-        )
-    files: list[str] = []
-    for path in dataset.paths:
-        if is_url(path):
-            files.append(path)
-            continue
-        found = sorted(glob.glob(path)) if dataset.expand_glob else [path] if Path(path).is_file() else []
-        if not found:
-            without = "" if key == "dataset" else f"; or set {key.rpartition('.')[0]}.enabled=false"
-            raise OLMoConfigurationError(
-                f"{key}.paths: {path} does not exist; scripts/prepare_data.py makes token shards{without}"
-            )
-        files += found
-    return files
-
-
-def tokenizer_file(config: ExperimentConfig) -> dict[str, str]:
-    """The tokenizer that the data's manifest names, by the name under which checkpoints carry it; empty without one."""
-    folders = _folders(data_files(config.dataset))
-    if not folders:
-        return {}
-    return {TOKENIZER_FILE: Manifest.load(folders[0]).tokenizer_path.read_text(encoding="utf-8")}
-
-
-def _folders(files: list[str]) -> list[Path]:
-    """The local folders that hold data files, each with its manifest."""
-    return sorted({Path(file).parent for file in files if not is_url(file)})
-
-
-def check_data(config: ExperimentConfig) -> None:
-    """Raise unless the data, held-out data too, are there and are what the config says, as far as sizes and a few ids tell."""
-    T = config.sequence_length
-    verified: set[Path] = set()
-    for key, dataset, length in [
-        ("dataset", config.dataset, T),
-        *((key, dataset, None) for key, dataset in held_out_datasets(config.trainer)),
-    ]:
-        for folder in _folders(data_files(dataset, key)):
-            if folder in verified and dataset.tokenizer == config.dataset.tokenizer:
-                continue
-            verify(
-                folder,
-                vocab_size=dataset.tokenizer.vocab_size,
-                eos_token_id=dataset.tokenizer.eos_token_id,
-                dtype=np.dtype(dataset.get_dtype()).name,
-                sequence_length=length,
-            )
-            verified.add(folder)
-
-
-def shard_hashes(config: ExperimentConfig) -> list[list[str]]:
-    """Name and SHA-256 of a run's data files, in order, as their manifests say; every checkpoint carries them."""
-    files = data_files(config.dataset)
-    known = {
-        str(folder / shard.path): shard.sha256 for folder in _folders(files) for shard in Manifest.load(folder).shards
-    }
-    paths = [Path(file) for file in files if not is_url(file)]
-    return [[path.name, known.get(str(path), "unknown to the manifest")] for path in paths]
-
-
-def verify_shards(config: ExperimentConfig, checkpoint: str | None, *, everything: bool) -> None:
-    """Compare shards with their SHA-256, the work shared by all ranks, which call it together.
-
-    :param checkpoint: read the shards that have changed since it was saved: a replaced file need not have another size.
-    :param everything: read all of them.
-    :raises OLMoConfigurationError: one differs.
-    """
-    since = Path(checkpoint, FINGERPRINT_FILE) if checkpoint is not None and not is_url(checkpoint) else None
-    saved = since.stat().st_ctime if since is not None and since.exists() else None
-    datasets = {"dataset": config.dataset, **dict(held_out_datasets(config.trainer))}
-    files = [file for key, dataset in datasets.items() for file in data_files(dataset, key)]
-    manifests = [Manifest.load(folder) for folder in _folders(files)]
-    shards = [
-        (manifest, shard)
-        for manifest in manifests
-        for shard in manifest.shards
-        if everything or (saved is not None and (manifest.directory / shard.path).stat().st_ctime > saved)
-    ]
-    shards = broadcast_object(shards)
-    if shards:
-        log.info("Comparing %d data shards with their SHA-256...", len(shards))
-    if problem := first_problem(shards, _shard_problem):
-        raise OLMoConfigurationError(problem)
-
-
-def _shard_problem(item: tuple[Manifest, Shard]) -> str | None:
-    try:
-        verify_shard(*item)
-    except DataError as error:
-        return str(error)
-    return None
-
-
 # ---- the checkpoint to go on from ------------------------------------------------------------------------------------
 
 
@@ -443,25 +327,6 @@ def with_order_of(config: ExperimentConfig, checkpoint: str | None) -> Experimen
     orders = (layer.get("head_order", NATURAL) for layer in fingerprint.layers if layer["name"] == config.plan().type)
     order = next(orders, AUTO)
     return config.replace(attention={**config.attention, "head_order": order})
-
-
-def check_same_data(config: ExperimentConfig, checkpoint: str) -> None:
-    """Raise unless a checkpoint was trained on the shards that this run reads."""
-    path = Path(checkpoint, DATA_FILE)
-    if getattr(config.data_loader, "ignore_fingerprint_mismatch", False) or not path.exists():
-        return
-    there, here = json.loads(path.read_bytes()), shard_hashes(config)
-    if there == here:
-        return
-    before, now = next(pair for pair in zip_longest(there, here) if pair[0] != pair[1])
-    raise OLMoConfigurationError(
-        f"dataset.paths: checkpoint {checkpoint} was trained on {_named(before)} where there is {_named(now)} now: restore the "
-        "data, or set data_loader.ignore_fingerprint_mismatch=true to go on with other text"
-    )
-
-
-def _named(shard: list[str] | None) -> str:
-    return f"{shard[0]} (SHA-256 {shard[1]})" if shard is not None else "nothing"
 
 
 def load(trainer: Trainer, checkpoint: str) -> None:

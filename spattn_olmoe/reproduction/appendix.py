@@ -19,10 +19,11 @@ from ..analysis.heads import DIVERSITIES, LayerHeads, measure_heads, plot_heads,
 from ..data.files import replace_file
 from ..evaluation.checkpoint import Checkpoint
 from ..evaluation.loss import HeldOut
+from ..markdown import table
 from ..olmo.config import load_experiment
 from ..olmo.remedies import apply_remedies
 from ..patterns import Pattern, build_pattern
-from .markdown import conditions, table
+from .conditions import conditions
 from .plan import VARIANTS, Run
 
 PAPER_ENTROPY = {"standard": 4.5461, "spattention": 3.6276}

@@ -15,9 +15,10 @@ from ..evaluation import statistics
 from ..evaluation.compare import columns_of, compare, mean_metrics
 from ..evaluation.statistics import Crossed
 from ..evaluation.suites import SUITES, implied_stderr
+from ..markdown import table
 from ..patterns import build_pattern
 from .comparison import Comparison, Result
-from .markdown import conditions, table
+from .conditions import conditions
 from .plan import TABLES, Run, Scale
 from .run import suite_file
 from .start import PARTS

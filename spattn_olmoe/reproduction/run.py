@@ -152,8 +152,7 @@ def _train(run: Run, scale: Scale, children: list[subprocess.Popen[bytes]], stop
         here = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
         here |= {TRAIN: [str(ROOT / TRAIN)], _relative(run.config): [str(run.config)]}
         command = [word for said in train_command(run, scale) for word in here.get(said, [said])]
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        env = {**os.environ, "PYTHONPATH": path}
+        env = _environment()
         if not scale.needs_gpu:
             env |= {"OMP_NUM_THREADS": "1"}  # the same sums in the same order, however many cores there are
         log = run.folder / "train.log"
@@ -251,10 +250,15 @@ def _scores(run: Run, scale: Scale, table: str) -> None:
     if file is None or command is None or file.is_file():
         return
     words = [sys.executable, str(ROOT / command[1]), *command[2:]]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.DEVNULL)
+    done = subprocess.run(words, env=_environment(), stdout=subprocess.DEVNULL)
     if done.returncode:
         raise ValueError(f"{run.name}: {' '.join(command)} ended with exit code {done.returncode}")
+
+
+def _environment() -> dict[str, str]:
+    """What scripts are started with: this process's environment, and this very package."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}
 
 
 def _relative(path: Path) -> str:

@@ -16,7 +16,7 @@ from olmo_core.distributed.utils import get_full_tensor, get_rank
 from olmo_core.train.callbacks import Callback
 
 from ..data.files import replace_file
-from ..data.manifest import Manifest
+from ..olmo.shards import stated_hashes
 
 FILE_NAME = "start.json"
 PARTS = ("weights", "order", "data")
@@ -60,11 +60,9 @@ def _hash_order(loader: NumpyDataLoaderBase) -> str:
 
 
 def _hash_data(loader: NumpyDataLoaderBase) -> str:
-    files = sorted(str(path) for path in loader.dataset.paths)
-    shards = []
-    for folder in sorted({Path(file).parent for file in files}):
-        by_name = {shard.path: shard.sha256 for shard in Manifest.load(folder).shards}
-        shards += [by_name[Path(file).name] for file in files if Path(file).parent == folder]
+    files = [str(path) for path in loader.dataset.paths]
+    known = stated_hashes(files)
+    shards = [known[path] for path in sorted(map(Path, files), key=lambda path: (path.parent, path.name))]
     return hashlib.sha256("\n".join(shards).encode()).hexdigest()
 
 

@@ -89,7 +89,8 @@ def test_the_command_stores_results_with_their_machine_and_reports_them(tmp_path
     assert f"{rival['ms'] / ours['ms']:.2f}x" in table
     assert (tmp_path / "attention.svg").read_text().startswith("<?xml")
     before = table
-    assert report.write(tmp_path / "attention.json") and (tmp_path / "attention.md").read_text() == before
+    assert report.write(tmp_path / "attention.json", report.attention_markdown, report.attention_plot)
+    assert (tmp_path / "attention.md").read_text() == before
 
 
 def test_the_command_line_refuses_what_it_does_not_understand():

@@ -111,7 +111,8 @@ def test_results_are_kept_and_reported(tmp_path, monkeypatch, capsys):
     table = (tmp_path / "training.md").read_text()
     assert "| spattention | k | 100,000 | 3.00x | 3.00x | 40.0% | 25.0% | 50.0% | 1.00 | 4 of 4 | n/a | n/a |" in table
     assert (tmp_path / "training.svg").read_text().startswith("<?xml")
-    assert report.write_training(tmp_path / "training.json") and (tmp_path / "training.md").read_text() == table
+    assert report.write(tmp_path / "training.json", report.training_markdown, report.training_plot)
+    assert (tmp_path / "training.md").read_text() == table
     assert "some 2 M parameters" in capsys.readouterr().out
 
 

@@ -19,8 +19,9 @@ from spattn_olmoe.evaluation.checkpoint import Checkpoint
 from spattn_olmoe.olmo import apply_remedies, load_experiment
 from spattn_olmoe.olmo.callbacks import read_metrics
 from spattn_olmoe.olmo.evaluators import held_out_datasets, label_all_files
-from spattn_olmoe.olmo.experiment import build_trainer, check, check_data
+from spattn_olmoe.olmo.experiment import build_trainer, check
 from spattn_olmoe.olmo.remedies import held_out_loss
+from spattn_olmoe.olmo.shards import check_data
 from tests.conftest import training_command, training_environment
 
 LENGTH = 128

@@ -18,11 +18,11 @@ from spattn_olmoe.olmo.callbacks import read_metrics
 from spattn_olmoe.olmo.experiment import (
     build_trainer,
     check,
-    check_data,
     check_layout,
     check_resume,
     checkpoint_to_load,
 )
+from spattn_olmoe.olmo.shards import check_data
 
 METRICS = ("train/CE loss", "optim/total grad norm", "train/load balancing loss")
 

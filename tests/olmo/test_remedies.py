@@ -12,30 +12,10 @@ from olmo_core.nn.moe.mlp import DroplessMoEMLP
 from olmo_core.nn.moe.router import MoELinearRouter
 
 from spattn_olmoe.olmo import apply_remedies
-from spattn_olmoe.olmo.remedies import (
-    async_save_metric,
-    cancellation,
-    cpu_moe,
-    expert_gradients,
-    grouped_gemm,
-    held_out_loss,
-    release,
-    router_gradients,
-)
+from spattn_olmoe.olmo.remedies import REMEDIES, cpu_moe, expert_gradients, grouped_gemm, held_out_loss, release
 
 from .remedy_worker import EXPERTS, ROUTER
 from .tiny import BASE, TINY, run_python, tiny, torchrun
-
-REMEDIES = [
-    cpu_moe,
-    grouped_gemm,
-    expert_gradients,
-    router_gradients,
-    held_out_loss,
-    cancellation,
-    async_save_metric,
-]
-
 
 # ---- the release -----------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from . import (
 )
 from .release import TESTED_RELEASE
 
-_REMEDIES = (
+REMEDIES = (
     cpu_moe,
     grouped_gemm,
     expert_gradients,
@@ -31,8 +31,8 @@ def apply_remedies() -> None:
 
     :raises OLMoConfigurationError: OLMo-core is not the release they were written against.
     """
-    for remedy in _REMEDIES:
+    for remedy in REMEDIES:
         remedy.apply()
 
 
-__all__ = ["TESTED_RELEASE", "apply_remedies"]
+__all__ = ["REMEDIES", "TESTED_RELEASE", "apply_remedies"]

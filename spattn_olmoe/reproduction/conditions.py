@@ -1,15 +1,9 @@
-"""Pieces of reports."""
+"""What a report says of how its results were made."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-
-
-def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A table; all columns but the first are aligned to the right."""
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
 
 
 def conditions(machines: Sequence[dict[str, Any]]) -> list[str]:

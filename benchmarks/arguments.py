@@ -1,0 +1,25 @@
+"""Arguments that benchmarks share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from . import machine
+
+
+def add_measuring(parser: argparse.ArgumentParser) -> None:
+    """Of a benchmark that measures settings on one device, stores them and makes a table and a plot of them."""
+    parser.add_argument("--missing", action="store_true", help="leave out the settings that are stored already")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    parser.add_argument("--note", help="stored with the results, e.g. that the machine was shared")
+    parser.add_argument("--report", action="store_true", help="measure nothing: make the table and the plot again")
+
+
+def add_kills(parser: argparse.ArgumentParser, kills: int, results: str) -> None:
+    """Of a benchmark that kills what a config starts: how often by default, and the name of its result file."""
+    parser.add_argument("config")
+    parser.add_argument("folder", type=Path, help="must not exist")
+    parser.add_argument("--kills", type=int, default=kills)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=machine.results_folder("cpu") / results)
