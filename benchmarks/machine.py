@@ -32,6 +32,10 @@ BOUNDS = {"NVIDIA H200": Bound(790e12, 4.3e12)}
 """Measured with large matrix products and copies, not taken from a data sheet. A GPU that is not here gets "n/a"."""
 
 
+COMMIT = "SPATTN_COMMIT"
+"""The environment variable that names the commit of sources that were copied without their repository."""
+
+
 def default_device() -> str:
     """``cuda`` where there is one, else ``cpu``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,6 +43,7 @@ def default_device() -> str:
 
 def describe(device: str, note: str | None = None) -> dict[str, Any]:
     """Machine, versions, commit and command of this process, and what a person has to say of it."""
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(device),
@@ -51,8 +56,8 @@ def describe(device: str, note: str | None = None) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "driver": _driver() if device == "cuda" else None,
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
-        "commit": _git("rev-parse", "HEAD"),
-        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get(COMMIT),
+        "changed": None if changes is None else bool(changes),
         "command": " ".join(["python", *sys.argv]),
         **({"note": note} if note else {}),
     }

@@ -29,18 +29,16 @@ SUBCOMMANDS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    modules = {name: importlib.import_module(f"benchmarks.{name}") for name in SUBCOMMANDS}
-    for name, module in modules.items():
-        command = commands.add_parser(
-            name,
-            help=SUBCOMMANDS[name],
-            description=module.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(command)
+    chosen = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+    for name, summary in SUBCOMMANDS.items():
+        command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == chosen:  # only what this one needs has to be installed: for attention PyTorch and Triton
+            module = importlib.import_module(f"benchmarks.{name}")
+            command.description = module.__doc__
+            module.add_arguments(command)
     args = parser.parse_args()
     try:
-        return modules[args.command].run(args)
+        return module.run(args)
     except ValueError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2
