@@ -1,6 +1,6 @@
 """Tile sizes, warps and pipeline stages that are shipped, per kernel and GPU generation.
 
-Chosen by compiling ahead of time: the largest tiles that keep their registers and whose products stay asynchronous
+Chosen by compiling ahead of time: large tiles that keep their registers and whose products stay asynchronous
 (``python -m spattn_olmoe.kernels.banded.aot`` prints registers, stack, shared memory and more of each). BM is the lever on
 narrow bands: a tile visits ``W + BM`` keys for the ``W`` that a query attends.
 """
