@@ -13,15 +13,15 @@ pytest.importorskip("triton")
 HALF = ["--dtype", "bf16", "--docs"]
 PLAIN = ["--dtype", "bf16"]
 RUNS = {  # capability, head_dims, and the rest of a command line; documents and groups cost the most registers
-    "sm_90": [90, [64, 128], HALF],
+    "sm_90": [90, [64, 80, 128, 256], HALF],
     "sm_90 without documents": [90, [64, 128], PLAIN],
     "sm_90 grouped": [90, [64, 128], [*HALF, "--group", "4"]],
-    "sm_80": [80, [128], HALF],
-    "sm_100": [100, [128], HALF],
-    "sm_90 padded, 256": [90, [80, 256], HALF],
     "sm_90 float32": [90, [128], ["--dtype", "fp32", "--docs"]],
     "decoding": [90, [64, 128], [*HALF, "--kernel", "decode", "merge", "--group", "4"]],
-    "sm_89": [89, [128], HALF],
+    "sm_80": [80, [64, 128, 256], HALF],
+    "sm_80 without documents": [80, [128], PLAIN],
+    "sm_89": [89, [64, 128, 256], HALF],
+    "sm_100": [100, [64, 128, 256], HALF],
     "sm_100 grouped": [100, [128], [*HALF, "--kernel", "dkdv", "--group", "4"]],
 }
 

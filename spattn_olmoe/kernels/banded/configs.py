@@ -75,7 +75,7 @@ SHIPPED: dict[str, dict[int, dict[str, dict[int, Config]]]] = {
     "sm80": {
         2: {
             "forward": {128: Config(128, 64, 8, 3), 256: Config(64, 64, 8, 2)},
-            "dq": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 2)},
+            "dq": {64: Config(128, 64, 8, 3), 128: Config(64, 64, 4, 2), 256: Config(64, 32, 8, 2)},
             "dkdv": {64: Config(32, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2)},
         },
         4: _FLOAT32,
@@ -83,7 +83,7 @@ SHIPPED: dict[str, dict[int, dict[str, dict[int, Config]]]] = {
     "sm86": {
         2: {
             "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
-            "dq": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(32, 32, 4, 2)},
+            "dq": {64: Config(128, 64, 8, 3), 128: Config(64, 64, 4, 2), 256: Config(32, 32, 4, 2)},
             "dkdv": {64: Config(32, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(16, 32, 8, 2)},
         },
         4: _FLOAT32,
@@ -100,7 +100,7 @@ SHIPPED: dict[str, dict[int, dict[str, dict[int, Config]]]] = {
     "sm100": {
         2: {
             "forward": {128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
-            "dq": {128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
+            "dq": {128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 1)},
             "dkdv": {128: Config(64, 128, 8, 2), 256: Config(32, 32, 8, 2)},
             "dkdv_grouped": {64: Config(64, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2)},
         },
