@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from olmo_core.distributed.utils import get_world_size
 
 from spattn_olmoe.evaluation import ranks
 from tests.conftest import ROOT, training_environment
@@ -84,3 +86,4 @@ def test_one_rank_alone_yields_as_it_goes():
     results = ranks.share_out([1, 2, 3], lambda x: [computed.append(x) or x, -x], description="", quiet=True)
     assert next(results) == 1 and computed == [1]
     assert list(results) == [-1, 2, -2, 3, -3]
+    assert "WORLD_SIZE" not in os.environ or get_world_size() == 1
