@@ -52,18 +52,12 @@ _CURVES = {
     "runs/gpu-reference-float32": ("attention.impl=reference", *_FP32),
 }
 
-_PARALLEL = (
-    "-n",
-    "auto",
-    "--maxprocesses",
-    "8",
-    "--dist",
-    "load",
-)  # most of their time kernels are compiled, on the CPU
+# Most of their time kernels are compiled, on the CPU.
+_IN_PARALLEL = ("-n", "auto", "--maxprocesses", "8", "--dist", "load")
 
 PARTS = {
     "tests": Part(
-        "the kernels against the float64 reference", 1200, (("-m", "pytest", "tests/gpu", "-q", *_PARALLEL),)
+        "the kernels against the float64 reference", 1200, (("-m", "pytest", "tests/gpu", "-q", *_IN_PARALLEL),)
     ),
     "attention-quick": Part(
         "attention at the goals' settings", 600, (_benchmark("attention", "--quick", "--missing"),)

@@ -20,17 +20,14 @@ from . import timing
 
 MODES = {"forward": "fwd", "dq": "bwd", "dkdv": "bwd"}
 _QUERIES = [
-    *product((128,), (64,), (8,), (2, 3, 4)),
-    *product((64,), (64,), (4,), (2, 3, 4)),
+    *((128, 64, 8, stages) for stages in (2, 3, 4)),
+    *((64, 64, 4, stages) for stages in (2, 3, 4)),
     *((128, 32, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2)),
 ]
 CANDIDATES = {
     "forward": _QUERIES,
     "dq": _QUERIES,
-    "dkdv": [
-        *product((64, 32), (128,), (8,), (2, 3)),
-        *product((64, 32), (64,), (4, 8), (2, 3)),
-    ],
+    "dkdv": [(BM, *keys, stages) for BM, keys, stages in product((64, 32), ((128, 8), (64, 4), (64, 8)), (2, 3))],
 }
 """BM, BN, warps, stages. Others spill a good part of their registers at head_dim 128, as compiling ahead of time shows."""
 

@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-HALF = ["--dtype", "bf16", "--docs"]
 PLAIN = ["--dtype", "bf16"]
+HALF = [*PLAIN, "--docs"]
 RUNS = {  # capability, head_dims, and the rest of a command line; documents and groups cost the most registers
     "sm_90": [90, [64, 80, 128, 256], HALF],
     "sm_90 without documents": [90, [64, 128], PLAIN],

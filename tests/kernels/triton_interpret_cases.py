@@ -294,6 +294,12 @@ def test_fsdp_shards_a_layer_around_the_operators(tmp_path):
         dist.destroy_process_group()
 
 
+def slots_of(made):
+    """``(owner, first tile, end)`` of a plan's slots; a negative owner ``-1 - h`` for the dead tiles of ``h``."""
+    table = made.table.tolist()
+    return [tuple(table[at + 1 : at + 4]) for at in range(made.slots, 5 * made.slots, 4)]
+
+
 @pytest.mark.parametrize("T", [1, 127, 128, 1000])
 @pytest.mark.parametrize("name", ["spattention", "spattention+sharing", "standard", "gbhalf", "fixed"])
 def test_a_plan_names_every_tile_with_a_pair_once_and_no_other(name, T):
@@ -308,9 +314,8 @@ def test_a_plan_names_every_tile_with_a_pair_once_and_no_other(name, T):
     ):
         table = made.table.tolist()
         slots = (plan.STRETCHES + 2) * len(alive)
-        records = [table[made.slots + 4 * s : made.slots + 4 * s + 4] for s in range(slots)]
-        live = {(owner, t) for _, owner, first, end in records if owner >= 0 for t in range(first, end)}
-        dead = {(-1 - owner, t) for _, owner, first, end in records if owner < 0 for t in range(first, end)}
+        live = {(owner, t) for owner, first, end in slots_of(made) if owner >= 0 for t in range(first, end)}
+        dead = {(-1 - owner, t) for owner, first, end in slots_of(made) if owner < 0 for t in range(first, end)}
         assert live == {(h, t) for h in range(len(alive)) for t in range(n_tiles) if alive[h, t]}
         assert live | dead == {(h, t) for h in range(len(alive)) for t in range(n_tiles)} and not live & dead
         assert made.programs == max(end for end in table[:slots])
@@ -334,9 +339,8 @@ def test_programs_start_in_an_order_about_as_good_as_longest_first(name):
         (plan.query_plan(heads, T, tile, torch.device("cpu")), False),
         (plan.key_plan(heads, 1, T, tile, torch.device("cpu")), True),
     ):
-        table, work = made.table.tolist(), []
-        for s in range(made.slots):
-            _, owner, first, end = table[made.slots + 4 * s : made.slots + 4 * s + 4]
+        work = []
+        for owner, first, end in slots_of(made):
             tiles = range(first, end) if of_keys else reversed(range(first, end))
             for t in tiles if owner >= 0 else ():
                 ahead = T - t * tile if of_keys else (t + 1) * tile  # distances below it

@@ -52,12 +52,12 @@ def test_no_layer_asks_for_a_value_as_a_gpu_computes_it(sharing, monkeypatch):
     assert with_gradient == parameters > 20
 
 
-def test_decoding_asks_for_no_value():
+def test_decoding_asks_for_no_value(monkeypatch):
     """Lengths and padding of the sequences stay on the device."""
     cached = sys.modules["spattn_olmoe.kernels.cached"]
     pattern = build_pattern("spattention", n_heads=8, seq_len=4096, local_sharing=True)
-    with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cached, "triton_unsuitable", lambda *_: None)
+    monkeypatch.setattr(cached, "triton_unsuitable", lambda *_: None)
+    with FakeTensorMode():
         q, cache = torch.empty(3, 1, 8, 64), torch.empty(3, 4096, 2, 64)
         start, leftpad = torch.tensor([4095, 17, 2000]), torch.tensor([0, 3, 1999])
         out = cached_attention(q, cache, cache, pattern, start=start, leftpad=leftpad, impl="triton")

@@ -133,16 +133,15 @@ def _machine_code(cubin: bytes) -> dict[str, Any]:
     if found is None:
         raise RuntimeError(f"cuobjdump said nothing of registers: {usage!r}")
     lines = re.findall(r"^ +/\*([0-9a-f]{4,})\*/ +(.*?);", code, flags=re.MULTILINE)
-    at = [int(address, 16) for address, _ in lines]
-    jumps = ((here, re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)) for here, (_, text) in zip(at, lines, strict=True))
-    loops = [(int(jump[1], 16), here) for here, jump in jumps if jump is not None and int(jump[1], 16) < here]
-    products = [here for here, (_, text) in zip(at, lines, strict=True) if re.search(r"\b(HGMMA|HMMA|UTCHMMA)\b", text)]
-    over_tiles = [(first, last) for first, last in loops if any(first <= here <= last for here in products)]
+    instructions = [(int(address, 16), text) for address, text in lines]
+    products = [at for at, text in instructions if re.search(r"\b(HGMMA|HMMA|UTCHMMA)\b", text)]
+    jumps = [(int(to[1], 16), at) for at, text in instructions if (to := re.search(r"\bBRA\b.*0x([0-9a-f]+)", text))]
+    loops = [(first, last) for first, last in jumps if any(first <= at <= last for at in products)]
     return {
         "registers": int(found[1]),
         "stack": int(found[2]),
         "local": int(found[3]),
-        "loop": max((sum(first <= here <= last for here in at) for first, last in over_tiles), default=0),
+        "loop": max((sum(first <= at <= last for at, _ in instructions) for first, last in loops), default=0),
         "serialized": code.count("WARPGROUP.DEPBAR") >= code.count("HGMMA") > 0,
     }
 

@@ -17,6 +17,7 @@ from .tiles import (
     DEAD_TILES,
     at_least_one,
     columns_between,
+    fill,
     key_tiles,
     load_rows,
     locate,
@@ -78,9 +79,7 @@ def dq_kernel(
         start = (first_tile + (program - offset) * DEAD_TILES) * BM
         stop = tl.minimum(tl.minimum(start + DEAD_TILES * BM, end_tile * BM), T)
         store_zeros(dq_base, H * D, start, stop, D, D_PAD, BM)
-        for at in range(start, stop, BM):
-            rows = at + tl.arange(0, BM)
-            tl.store(delta_ptr + (batch * H + head) * T + rows, tl.zeros((BM,), tl.float32), mask=rows < stop)
+        fill(delta_ptr + (batch * H + head) * T, start, stop, 0.0, BM)
     else:
         first = (end_tile - 1 - (program - offset)) * BM
         last = tl.minimum(first + BM, T) - 1

@@ -16,6 +16,7 @@ from .tiles import (
     DEAD_TILES,
     at_least_one,
     columns_between,
+    fill,
     key_tiles,
     load_rows,
     locate,
@@ -72,9 +73,7 @@ def forward_kernel(
         start = (first_tile + (program - offset) * DEAD_TILES) * BM
         stop = tl.minimum(tl.minimum(start + DEAD_TILES * BM, end_tile * BM), T)
         store_zeros(out_base, H * D, start, stop, D, D_PAD, BM)
-        for at in range(start, stop, BM):
-            rows = at + tl.arange(0, BM)
-            tl.store(lse_base + rows, tl.full((BM,), float("-inf"), tl.float32), mask=rows < stop)
+        fill(lse_base, start, stop, float("-inf"), BM)
     else:
         # Later tiles have more keys: longest first.
         first = (end_tile - 1 - (program - offset)) * BM

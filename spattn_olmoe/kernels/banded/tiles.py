@@ -133,3 +133,11 @@ def store_zeros(base, stride, start, stop, D: tl.constexpr, D_PAD: tl.constexpr,
     zeros = tl.zeros((ROWS, D_PAD), tl.float32)
     for at in range(0, stop - start, ROWS):
         store_rows(base, stride, start + at, stop, zeros, D, D_PAD, ROWS)
+
+
+@triton.jit
+def fill(base, start, stop, value, ROWS: tl.constexpr):
+    """One float32 number in the places ``start..stop`` of one head, of which there is one a row."""
+    for at in range(start, stop, ROWS):
+        rows = at + tl.arange(0, ROWS)
+        tl.store(base + rows, tl.full((ROWS,), value, tl.float32), mask=rows < stop)
