@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import machine
+from spattn_olmoe import machine
 
 
 def add_measuring(parser: argparse.ArgumentParser) -> None:

@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spattn_olmoe import attention, build_pattern
+from benchmarks import arguments, contenders, report, timing
+from benchmarks.contenders import Attend
+from spattn_olmoe import attention, build_pattern, machine
 from spattn_olmoe.patterns import Pattern
-
-from . import arguments, contenders, machine, report, timing
-from .contenders import Attend
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +121,7 @@ def measure(setting: Setting, patterns: list[str], device: str, seconds: float) 
     """Rows of one setting: every contender, pattern and mode, timed in turns."""
     B, H, N, D = setting
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    standard = build_pattern("standard", n_heads=H, seq_len=N)
+    standard = build_pattern("standard", n_heads=H, band_length=N)
     entrants: list[tuple[str, str, Pattern, Attend]] = []
     rows: list[dict[str, Any]] = []
 
@@ -162,7 +161,7 @@ def measure(setting: Setting, patterns: list[str], device: str, seconds: float) 
 
 def _build(label: str, H: int, N: int) -> Pattern:
     name, _, sharing = label.partition("+")
-    return build_pattern(name, n_heads=H, seq_len=N, **({"local_sharing": True} if sharing else {}))
+    return build_pattern(name, n_heads=H, band_length=N, **({"local_sharing": True} if sharing else {}))
 
 
 GATE_LENGTH = 512

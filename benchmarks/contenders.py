@@ -25,7 +25,7 @@ def dense(device: str, T: int, H: int) -> tuple[dict[str, Attend], dict[str, str
     """Dense causal attention by name, and why a name is missing."""
     if device == "cpu":
         return {"sdpa is_causal": _sdpa()}, {}
-    standard = build_pattern("standard", n_heads=H, seq_len=T)
+    standard = build_pattern("standard", n_heads=H, band_length=T)
     found: dict[str, Attend] = {
         "sdpa flash": _sdpa(SDPBackend.FLASH_ATTENTION),
         "sdpa cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),

@@ -29,11 +29,10 @@ from typing import Any
 import zstandard
 from tokenizers import Tokenizer
 
+from benchmarks.usage import Usage
+from spattn_olmoe import machine
 from spattn_olmoe.data.chunks import Position
 from spattn_olmoe.data.readers import read_file
-
-from . import machine
-from .usage import Usage
 
 ROOT = Path(__file__).parents[1]
 EOS_TOKEN, EOS_ID, PAD_ID = "<|endoftext|>", 50_279, 1  # of allenai/gpt-neox-olmo-dolma-v1_5

@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import arguments, machine
-from .usage import Usage
+from benchmarks import arguments
+from benchmarks.usage import Usage
+from spattn_olmoe import machine
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_data.py"
 

@@ -12,8 +12,8 @@ import argparse
 import os
 from typing import Any
 
-from . import machine
-from .timing import take_turns
+from benchmarks.timing import take_turns
+from spattn_olmoe import machine
 
 TOLERANCE = 1e-3
 """Of a log-likelihood in nats: float32, and other kernels."""
@@ -83,7 +83,7 @@ def transformers_lm(ours: Any, batch_size: int) -> Any:
     from lm_eval.models.huggingface import HFLM
     from transformers import OlmoeForCausalLM, PreTrainedTokenizerFast
 
-    from spattn_olmoe.olmo.hf import to_transformers, transformers_config
+    from spattn_olmoe.model.hf import to_transformers, transformers_config
 
     model, ids = ours.checkpoint.model, ours.checkpoint.config["dataset"]["tokenizer"]
     config = transformers_config(

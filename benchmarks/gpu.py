@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import machine
+from spattn_olmoe import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 

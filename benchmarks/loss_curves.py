@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import machine
+from spattn_olmoe import machine
 
 LAST = 20
 """Steps at the end of a run whose mean loss is compared."""
@@ -22,7 +22,7 @@ def compare(folders: list[Path]) -> list[dict[str, Any]]:
 
     :raises ValueError: a run has no metrics, or other steps than the first.
     """
-    from spattn_olmoe.analysis.losses import loss_curve
+    from spattn_olmoe.paper.losses import loss_curve
 
     curves = {folder: dict(zip(*loss_curve(folder), strict=True)) for folder in folders}
     first = curves[folders[0]]
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) < 2:
         print("loss_curves: name a reference run and at least one other", file=sys.stderr)
         return 2
-    from spattn_olmoe.analysis.losses import plot_losses
+    from spattn_olmoe.paper.losses import plot_losses
 
     folders = [Path(argument) for argument in arguments]
     device = machine.default_device()

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import machine
+from spattn_olmoe import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = ROOT / "benchmarks/memory_worker.py"
@@ -81,8 +81,8 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(name: str, folder: Path, data: list[str]) -> dict:
     """One layout: bytes predicted and bytes measured, by half of a step."""
-    from spattn_olmoe.olmo import load_experiment
-    from spattn_olmoe.planning import Layout, memory
+    from spattn_olmoe.cluster import Layout, memory
+    from spattn_olmoe.train import load_experiment
 
     ranks, overrides = CASES[name]
     overrides = [*MODEL, *data, f"trainer.save_folder={folder}/run", *overrides]

@@ -12,9 +12,9 @@ from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.train import prepare_training_environment, teardown_training_environment
 from olmo_core.train.callbacks import Callback
 
-from spattn_olmoe.olmo import load_experiment
-from spattn_olmoe.olmo.experiment import build_trainer, check, check_layout
-from spattn_olmoe.olmo.remedies import apply_remedies
+from spattn_olmoe.model.remedies import apply_remedies
+from spattn_olmoe.train import load_experiment
+from spattn_olmoe.train.run import build_trainer, check, check_layout
 
 
 def resident(key: str) -> int:

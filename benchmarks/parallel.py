@@ -19,15 +19,14 @@ from typing import Any
 
 from olmo_core.exceptions import OLMoConfigurationError
 
-from spattn_olmoe.markdown import table
-from spattn_olmoe.olmo.experiment import check_layout
+from spattn_olmoe import machine
 from spattn_olmoe.patterns import build_pattern
 from spattn_olmoe.patterns.head_order import imbalance
-from tests.olmo import layouts
-from tests.olmo.layouts import ATTENTION, KEYS, LAYOUTS, MICROBATCH, REFUSED, difference
-from tests.olmo.tiny import tiny
-
-from . import machine
+from spattn_olmoe.tables import table
+from spattn_olmoe.train.run import check_layout
+from tests.model import layouts
+from tests.model.layouts import ATTENTION, KEYS, LAYOUTS, MICROBATCH, REFUSED, difference
+from tests.model.tiny import tiny
 
 RESULT = Path(__file__).parent / "results" / "cpu" / "parallel.json"
 PAGE = Path(__file__).parents[1] / "docs" / "parallelism.md"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from spattn_olmoe.markdown import table
+from spattn_olmoe.tables import table
 
 Row = dict[str, Any]
 

@@ -22,16 +22,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from spattn_olmoe.olmo.callbacks import read_metrics
-
-from . import arguments, machine
+from benchmarks import arguments
+from spattn_olmoe import machine
+from spattn_olmoe.train.progress import read_metrics
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
 LIMIT = 300.0
 """Seconds in which a process must get on by a step, or end."""
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["spattn_olmoe.olmo.experiment", "spattn_olmoe.olmo.report", "spattn_olmoe.olmo.config"])
+_server.set_forkserver_preload(["spattn_olmoe.train.run", "spattn_olmoe.train.dry_run", "spattn_olmoe.train.config"])
 
 
 def train(arguments: list[str], output: str) -> None:

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import attention, machine, training
+from benchmarks import attention, training
+from spattn_olmoe import machine
 
 SETTING = attention.Setting(B=1, H=8, N=4096, D=128)
 PAPER_ATTENTION = 2.0  # "approximately", exclusive or with sharing is not said

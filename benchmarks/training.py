@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import arguments, machine, report
-from .attention import Store
-from .training_step import ROOT, Job
+from benchmarks import arguments, report
+from benchmarks.attention import Store
+from benchmarks.training_step import ROOT, Job
+from spattn_olmoe import machine
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ def _measure_setting(setting: Setting, device: str, steps: int, limit: float) ->
 
 def _layers_to_begin_with(setting: Setting, device: str) -> tuple[int, int]:
     """The model's layers, and of these the most whose weights, gradients and moments leave memory for anything else."""
-    from spattn_olmoe.olmo import load_experiment
+    from spattn_olmoe.train import load_experiment
 
     model = load_experiment(ROOT / "configs" / CONFIGS[setting.model]).model
     layers = model.n_layers

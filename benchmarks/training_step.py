@@ -53,7 +53,8 @@ def run(job: Job) -> dict[str, Any]:
     """Times, memory and counts of a job."""
     from olmo_core.train import prepare_training_environment, teardown_training_environment
 
-    from spattn_olmoe.olmo import apply_remedies, load_experiment
+    from spattn_olmoe.model import apply_remedies
+    from spattn_olmoe.train import load_experiment
 
     tokens = job.sequences * job.N
     config = load_experiment(
@@ -76,8 +77,8 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _measure(job: Job, config: Any) -> dict[str, Any]:
-    from spattn_olmoe.olmo.callbacks import peak_flops
-    from spattn_olmoe.olmo.flops import flops_per_token
+    from spattn_olmoe.model.flops import flops_per_token
+    from spattn_olmoe.train.progress import peak_flops
 
     device = torch.device(job.device)
     model_config = config.model_with_attention()
@@ -162,10 +163,9 @@ def _attention(job: Job, pattern: Any, shape: tuple[int, ...], dtype: torch.dtyp
 
     For dense attention on a GPU the fastest of SDPA's kernels and ours; the others are then switched off.
     """
+    from benchmarks import contenders, timing
     from spattn_olmoe import attention
     from spattn_olmoe.kernels import choose
-
-    from . import contenders, timing
 
     B, N, H, G, D = shape
     q, k, v = (torch.randn(B, N, h, D, device=job.device, dtype=dtype, requires_grad=True) for h in (H, G, G))

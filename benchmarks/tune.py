@@ -3,7 +3,7 @@
     python scripts/benchmark.py tune --setting 8x16x4096 --head-dim 128 --pattern spattention
 
 Prints one line a configuration, fastest first. What is fastest goes by hand into ``SHIPPED`` in
-``spattn_olmoe/kernels/banded/configs.py``, if it does not spill there (``python -m spattn_olmoe.kernels.banded.aot``).
+``spattn_olmoe/kernels/triton/tile_sizes.py``, if it does not spill there (``python -m spattn_olmoe.kernels.triton.aot``).
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from unittest.mock import patch
 
 import torch
 
+from benchmarks import timing
 from spattn_olmoe import attention, build_pattern
-
-from . import timing
 
 MODES = {"forward": "fwd", "dq": "bwd", "dkdv": "bwd"}
 _QUERIES = [
@@ -44,11 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise ValueError("there is no GPU to tune for")
-    from spattn_olmoe.kernels.banded.configs import SHIPPED, Config, config, generation_of, padded
+    from spattn_olmoe.kernels.triton.tile_sizes import SHIPPED, Config, config, generation_of, padded
 
     B, H, N = map(int, args.setting.split("x"))
     name, _, sharing = args.pattern.partition("+")
-    pattern = build_pattern(name, n_heads=H, seq_len=N, **({"local_sharing": True} if sharing else {}))
+    pattern = build_pattern(name, n_heads=H, band_length=N, **({"local_sharing": True} if sharing else {}))
     G = args.kv_heads or H
     q, k, v = (
         torch.randn(B, N, heads, args.head_dim, dtype=torch.bfloat16, device="cuda", requires_grad=True)

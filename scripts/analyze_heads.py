@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from spattn_olmoe.cli import quiet, user_errors
+from spattn_olmoe.errors import quiet, user_errors
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     args = parser.parse_args()
     with user_errors():
         quiet()
-        from spattn_olmoe.analysis.head_report import main as analyze
+        from spattn_olmoe.paper.head_report import main as analyze
 
         print(analyze(args.checkpoint, args.out, data=args.data, sequences=args.sequences, length=args.length))
 

@@ -13,7 +13,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from spattn_olmoe.cli import quiet, user_errors
+from spattn_olmoe.errors import quiet, user_errors
 
 
 def main() -> int:
@@ -24,8 +24,8 @@ def main() -> int:
     with user_errors():
         quiet()
 
-        from spattn_olmoe.environment import FAIL, OK, WARN, check_cluster
-        from spattn_olmoe.olmo.config import load_experiment
+        from spattn_olmoe.cluster import FAIL, OK, WARN, check_cluster
+        from spattn_olmoe.train.config import load_experiment
 
         config = load_experiment(args.config, args.overrides)
         rows = check_cluster(config)

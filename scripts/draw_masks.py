@@ -1,7 +1,7 @@
 """Draw what every head of an attention type attends, as a PNG.
 
-python scripts/draw_masks.py --type spattention --heads 8 --seq-len 1024 local_sharing=true --out masks.png
-python scripts/draw_masks.py --type eball --heads 8 --seq-len 1024 --length 400 --out short_input.png
+python scripts/draw_masks.py --type spattention --heads 8 --band-length 1024 local_sharing=true --out masks.png
+python scripts/draw_masks.py --type eball --heads 8 --band-length 1024 --length 400 --out short_input.png
 python scripts/draw_masks.py --figure 1 --out figure1.png     # the paper's Figure 1; 2: its Figure 2
 python scripts/draw_masks.py --overview --out masks_overview.png
 """
@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from spattn_olmoe import build_pattern
-from spattn_olmoe.analysis import masks
+from spattn_olmoe.paper import masks
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,12 +28,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     what.add_argument("--figure", type=int, choices=(1, 2), help="a figure of the paper")
     what.add_argument("--overview", action="store_true", help="all types, a few heads each")
     parser.add_argument("--heads", type=int, help="query heads H (default 8)")
-    parser.add_argument("--seq-len", type=int, help="band length N (default 1024)")
+    parser.add_argument("--band-length", type=int, help="band length N (default 1024)")
     parser.add_argument("--length", type=int, help="input length T (default: the band length)")
     parser.add_argument("--out", required=True, help="the picture to write, .png")
     parser.add_argument("options", nargs="*", metavar="option=value", help="the type's own options")
     args = parser.parse_args(argv)
-    only_for_types = {"--heads": args.heads, "--seq-len": args.seq_len, "--length": args.length}
+    only_for_types = {"--heads": args.heads, "--band-length": args.band_length, "--length": args.length}
     given = [key for key, value in only_for_types.items() if value is not None] + args.options
     if args.type is None and given:
         parser.error(f"{given[0]} goes with --type: --figure and --overview have their own shapes")
@@ -61,8 +61,13 @@ def main(argv: list[str]) -> int:
         elif args.figure:
             figure = masks.figure_1() if args.figure == 1 else masks.figure_2()
         else:
-            heads, seq_len = (8 if args.heads is None else args.heads), (1024 if args.seq_len is None else args.seq_len)
-            figure = masks.draw(build_pattern(args.type, n_heads=heads, seq_len=seq_len, **args.options), args.length)
+            heads, band_length = (
+                (8 if args.heads is None else args.heads),
+                (1024 if args.band_length is None else args.band_length),
+            )
+            figure = masks.draw(
+                build_pattern(args.type, n_heads=heads, band_length=band_length, **args.options), args.length
+            )
         print(masks.save(figure, args.out))
     except (ValueError, OSError) as error:
         print(f"draw_masks.py: {error}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Evaluate checkpoints: the paper's tables, any task of lm-eval, paired comparisons, held-out loss.
 
 python scripts/evaluate.py --checkpoint runs/quickstart-spattention --suite table1 --limit 100
-python scripts/evaluate.py --checkpoint DIR --tasks piqa,sciq band_length=input
+python scripts/evaluate.py --checkpoint DIR --tasks piqa,sciq follows_input=true
 python scripts/evaluate.py --compare results/a/table1.json results/b/table1.json
 python scripts/evaluate.py --checkpoint DIR_A DIR_B --loss
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from spattn_olmoe.cli import quiet, user_errors
+from spattn_olmoe.errors import quiet, user_errors
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -33,7 +33,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--loss", action="store_true", help="held-out loss of one or more checkpoints")
     parser.add_argument("--data", help="with --loss: prepared data to read instead of the checkpoint's own")
     parser.add_argument(
-        "options", nargs="*", metavar="key=value", help="offline, band_length, max_length, tokenizer, device"
+        "options", nargs="*", metavar="key=value", help="offline, follows_input, max_length, tokenizer, device"
     )
     return parser.parse_intermixed_args(words)
 

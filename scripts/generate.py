@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from spattn_olmoe.cli import quiet, user_errors
+from spattn_olmoe.errors import quiet, user_errors
 
 
 def main() -> None:
@@ -21,8 +21,8 @@ def main() -> None:
     args = parser.parse_args()
     with user_errors():
         quiet()
-        from spattn_olmoe.olmo.checkpoints import resolve_checkpoint
-        from spattn_olmoe.olmo.generation import generate
+        from spattn_olmoe.model.checkpoints import resolve_checkpoint
+        from spattn_olmoe.model.generation import generate
 
         print(
             generate(

@@ -9,7 +9,7 @@ import argparse
 
 from rich.console import Console
 
-from spattn_olmoe.cli import quiet, user_errors
+from spattn_olmoe.errors import quiet, user_errors
 
 
 def main() -> None:
@@ -22,10 +22,10 @@ def main() -> None:
     with user_errors():
         quiet()
 
-        from spattn_olmoe.olmo.config import load_experiment
-        from spattn_olmoe.olmo.experiment import check
-        from spattn_olmoe.planning import plan
-        from spattn_olmoe.planning.report import print_plan
+        from spattn_olmoe.cluster import plan
+        from spattn_olmoe.cluster.report import print_plan
+        from spattn_olmoe.train.config import load_experiment
+        from spattn_olmoe.train.run import check
 
         config = load_experiment(args.config, args.overrides)
         check(config)

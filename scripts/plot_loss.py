@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from spattn_olmoe.cli import user_errors
+from spattn_olmoe.errors import user_errors
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="the picture, .png or .svg or .pdf")
     args = parser.parse_args()
     with user_errors():
-        from spattn_olmoe.analysis.losses import plot_losses
+        from spattn_olmoe.paper.losses import plot_losses
 
         plot_losses(args.runs, args.out)
         print(args.out)

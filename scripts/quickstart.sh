@@ -27,7 +27,7 @@ echo "== what came out =="
 type=$(show attention.type "$@")
 options=()
 [ "$type" != spattention ] || options=("local_sharing=$(show attention.local_sharing "$@")")
-"$PY" scripts/draw_masks.py --type "$type" --heads 8 --seq-len 256 "${options[@]}" --out "$run/masks.png"
+"$PY" scripts/draw_masks.py --type "$type" --heads 8 --band-length 256 "${options[@]}" --out "$run/masks.png"
 echo
 "$PY" scripts/generate.py --checkpoint "$run" --prompt "Return the" --max-new-tokens 48
 cat <<END

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
-from spattn_olmoe.cli import quiet, user_errors
+from spattn_olmoe.errors import quiet, user_errors
 
 TARGETS = ("table1", "table2", "table3", "figure1", "figure2", "appendix_a", "throughput")
 
@@ -46,8 +46,8 @@ def main() -> None:
         if args.target == "throughput":
             from benchmarks.throughput import main as reproduce
         else:
-            from spattn_olmoe.reproduction.commands import main as reproduce
-        from benchmarks.machine import describe
+            from spattn_olmoe.paper.commands import main as reproduce
+        from spattn_olmoe.machine import describe
 
         reproduce(args, describe)
 

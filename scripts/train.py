@@ -12,7 +12,7 @@ import sys
 
 from rich.console import Console
 
-from spattn_olmoe.cli import user_errors
+from spattn_olmoe.errors import user_errors
 
 
 def main() -> None:
@@ -29,11 +29,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example attention.type=eball")
     args = parser.parse_intermixed_args()
     with user_errors():
-        from spattn_olmoe.olmo.config import load_experiment, show
-        from spattn_olmoe.olmo.experiment import check, check_layout, checkpoint_to_load, prepare, with_order_of
-        from spattn_olmoe.olmo.report import dry_run
-        from spattn_olmoe.olmo.resilience import fit
-        from spattn_olmoe.planning.report import memory_table
+        from spattn_olmoe.cluster.report import memory_table
+        from spattn_olmoe.train.config import load_experiment, show
+        from spattn_olmoe.train.dry_run import dry_run
+        from spattn_olmoe.train.faults import fit
+        from spattn_olmoe.train.run import check, check_layout, checkpoint_to_load, prepare, with_order_of
 
         if args.show:
             print(show(args.config, args.overrides, args.show))

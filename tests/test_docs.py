@@ -80,7 +80,7 @@ def test_links_and_pictures_of_the_pages_exist():
 )
 def test_the_new_types_attend_alike_in_every_implementation(name, options, page_modules):
     T = 200
-    pattern = build_pattern(name, n_heads=4, seq_len=T, **options)
+    pattern = build_pattern(name, n_heads=4, band_length=T, **options)
     dense = pattern.dense_mask()
     distance = torch.arange(T)[:, None] - torch.arange(T)
     if name.startswith("doubling"):
@@ -105,7 +105,7 @@ def test_the_new_types_attend_alike_in_every_implementation(name, options, page_
 
 def test_a_bad_option_of_the_new_type_is_one_line(page_modules):
     with pytest.raises(ValueError, match=r"^attention\.shortest=0: must be at least 1$"):
-        build_pattern("doubling_windows.doubling_windows", n_heads=4, seq_len=50, shortest=0)
+        build_pattern("doubling_windows.doubling_windows", n_heads=4, band_length=50, shortest=0)
 
 
 def test_one_new_file_is_a_new_type(tmp_path):
@@ -118,5 +118,7 @@ def test_one_new_file_is_a_new_type(tmp_path):
     command = [sys.executable, "check_doubling_windows.py"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    start = "DoublingWindows(n_heads=6, seq_len=300, band_length='train', head_order='natural', shortest=4) attends "
+    start = (
+        "DoublingWindows(n_heads=6, band_length=300, follows_input=False, head_order='natural', shortest=4) attends "
+    )
     assert done.stdout.startswith(start)

@@ -12,10 +12,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
 from benchmarks import throughput
-from spattn_olmoe.reproduction import appendix, report
-from spattn_olmoe.reproduction.comparison import Comparison
-from spattn_olmoe.reproduction.plan import SCALES
-from spattn_olmoe.reproduction.start import check_same_start
+from spattn_olmoe.paper import appendix, report
+from spattn_olmoe.paper.comparison import Comparison
+from spattn_olmoe.paper.runs import SCALES
+from spattn_olmoe.paper.start import check_same_start
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "findings.md"

@@ -1,4 +1,4 @@
-"""patterns <- kernels <- olmo: masks and attention work without OLMo-core."""
+"""patterns <- kernels <- model: masks and attention work without OLMo-core."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ print(sorted(name for name in sys.modules if name.split(".")[0] in {unwanted!r} 
 
 @pytest.mark.parametrize(
     ("package", "above"),
-    [("spattn_olmoe.patterns", "spattn_olmoe.olmo"), ("spattn_olmoe.kernels", "spattn_olmoe.olmo")],
+    [("spattn_olmoe.patterns", "spattn_olmoe.model"), ("spattn_olmoe.kernels", "spattn_olmoe.model")],
 )
 def test_no_module_of_it_imports_olmo_core(package, above):
     pytest.importorskip("olmo_core")  # else the import would fail, not be missed

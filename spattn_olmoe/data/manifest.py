@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ..files import hash_file, replace_file
 from .errors import DataError
-from .files import hash_file, replace_file
 from .writer import Shard
 
 log = logging.getLogger(__name__)

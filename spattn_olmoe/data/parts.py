@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..files import replace_file
 from .config import parse_part
 from .errors import DataError
-from .files import replace_file
 from .manifest import Manifest, verify
 from .progress import same_options
 

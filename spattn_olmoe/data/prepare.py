@@ -26,17 +26,17 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .. import __version__
+from ..files import sync_folder
 from . import manifest as manifest_module
 from . import progress as progress_module
 from .chunks import Chunk, Position
 from .config import DataConfig, check
 from .encode import SPLITS, Encoded, start_worker, work
 from .errors import DataError
-from .files import sync_folder
 from .manifest import Manifest, verify
 from .mixture import LAG, Mixture
-from .plan import Plan, make_plan
 from .progress import Progress, same_options
+from .resolve import Plan, make_plan
 from .writer import ShardWriter
 
 log = logging.getLogger(__name__)

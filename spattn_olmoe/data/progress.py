@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ..files import replace_file
 from .chunks import Position
 from .errors import DataError
-from .files import replace_file
 
 NAME = "progress.json"
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from ..files import replace_file
 from .config import TokenizerSection
 from .errors import DataError
-from .files import replace_file
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .files import hash_file, sync_folder
+from ..files import hash_file, sync_folder
 
 UNFINISHED = ".partial"
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from lm_eval.__main__ import cli_evaluate
 
-from spattn_olmoe.cli import user_errors
-
+from ..errors import user_errors
 from . import model, offline, ranks  # noqa: F401  model registers itself
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..patterns.registry import nearest
 
-_OPTIONS = ("offline", "band_length", "max_length", "tokenizer", "device")
+_OPTIONS = ("offline", "follows_input", "max_length", "tokenizer", "device")
+_TRUE_OR_FALSE = ("offline", "follows_input")
 LOSS_FORMAT = "spattn_olmoe held-out loss 1"
 
 
@@ -52,13 +53,14 @@ def read_options(words: list[str]) -> dict[str, Any]:
             raise ValueError(
                 f"{word}: not an option{nearest(key, _OPTIONS)} (known: {', '.join(_OPTIONS)}, as key=value)"
             )
-        if key == "offline" and value not in ("true", "false"):
-            raise ValueError(f"offline={value}: must be true or false")
+        if key in _TRUE_OR_FALSE and value not in ("true", "false"):
+            raise ValueError(f"{key}={value}: must be true or false")
         if key == "max_length" and (not value.isdecimal() or int(value) < 1):
             raise ValueError(f"max_length={value}: must be a whole number of at least 1")
-        options[key] = {"offline": value == "true", "max_length": int(value) if value.isdecimal() else 0}.get(
-            key, value
-        )
+        if key in _TRUE_OR_FALSE:
+            options[key] = value == "true"
+        else:
+            options[key] = int(value) if key == "max_length" else value
     return options
 
 
@@ -93,12 +95,12 @@ def _check(args: argparse.Namespace, checkpoints: list[str], options: dict[str, 
 
 
 def _suite(args: argparse.Namespace, checkpoint: str, options: dict[str, Any]) -> None:
-    from .checkpoint import Checkpoint
+    from ..model.checkpoint import Checkpoint
     from .suites import find_suite, suite_of_tasks
 
     names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
     suite = suite_of_tasks(names, args.num_fewshot) if args.tasks else find_suite(args.suite or "table1")
-    opened = Checkpoint.open(checkpoint, band_length=options.get("band_length"))
+    opened = Checkpoint.open(checkpoint, follows_input=options.get("follows_input"))
     offline = options.pop("offline", True)
     if offline:  # before anything imports datasets, which decides once
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -138,12 +140,12 @@ def _loss(args: argparse.Namespace, folders: list[str], options: dict[str, Any])
     import numpy as np
     from olmo_core.distributed.utils import get_rank
 
+    from ..model.checkpoint import Checkpoint
     from . import loss
-    from .checkpoint import Checkpoint
     from .report import attention_name
     from .run import versions, writable_folder, write, writing_to
 
-    checkpoints = [Checkpoint.open(folder, band_length=options.get("band_length")) for folder in folders]
+    checkpoints = [Checkpoint.open(folder, follows_input=options.get("follows_input")) for folder in folders]
     folder = writable_folder(args.out or Path(checkpoints[0].path) / "evaluation")
     held_out = loss.HeldOut.read(checkpoints[0], args.data, args.limit)
     for checkpoint in checkpoints[1:]:
@@ -158,7 +160,7 @@ def _loss(args: argparse.Namespace, folders: list[str], options: dict[str, Any])
         rows = loss.summarise(
             loss.token_losses(checkpoint, held_out, batch_size=args.batch_size, device=options.get("device"))
         )
-        run = {"attention": list(checkpoint.layers), "band_length": checkpoint.layers[0]["band_length"]}
+        run = {"attention": list(checkpoint.layers), "follows_input": checkpoint.layers[0]["follows_input"]}
         run |= {"checkpoint": checkpoint.path, "attention_name": attention_name(run), "loss": rows}
         if runs:
             run["difference_from_first"] = loss.differences(runs[0]["loss"], rows)

@@ -12,9 +12,9 @@ import torch
 from olmo_core.exceptions import OLMoConfigurationError
 
 from ..data.manifest import Manifest, verify
-from ..markdown import table
+from ..model.checkpoint import Checkpoint
+from ..tables import table
 from . import ranks, statistics
-from .checkpoint import Checkpoint
 from .compare import NO_DIFFERENCE
 
 _FIRST_BUCKET = 16
@@ -149,7 +149,10 @@ def markdown(results: dict[str, Any]) -> str:
         f"Held-out loss in nats per token, mean +- standard error over {results['sequences']} sequences of "
         f"{results['length']} tokens of {results['data']}",
         "",
-        *(f"- {chr(65 + i)}: {run['checkpoint']}, band_length={run['band_length']}" for i, run in enumerate(runs)),
+        *(
+            f"- {chr(65 + i)}: {run['checkpoint']}, follows_input={str(run['follows_input']).lower()}"
+            for i, run in enumerate(runs)
+        ),
         "",
         table(head, body, "l"),
     ]

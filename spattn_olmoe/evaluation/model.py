@@ -20,8 +20,8 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
+from ..model.checkpoint import Checkpoint
 from . import ranks
-from .checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class SPAttnLM(TemplateLM):
     :param batch_size: sequences computed together; changes no score.
     :param max_length: the most tokens that are read at once, by default the length of training. Longer contexts lose
         their beginning; :attr:`truncated` counts them.
-    :param band_length: ``train`` or ``input`` instead of what the checkpoint was trained with.
+    :param follows_input: true or false instead of what the checkpoint was trained with.
     :param tokenizer: a ``tokenizer.json`` instead of the checkpoint's.
     :param device: by default the GPU, where there is one, and on several ranks each one's own.
 
@@ -50,7 +50,7 @@ class SPAttnLM(TemplateLM):
         checkpoint: str,
         batch_size: int | str = 16,
         max_length: int | None = None,
-        band_length: str | None = None,
+        follows_input: bool | None = None,
         tokenizer: str | None = None,
         device: str | None = None,
         max_batch_size: int | None = None,
@@ -60,7 +60,7 @@ class SPAttnLM(TemplateLM):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size={batch_size!r}: must be a whole number of at least 1")
         self.batch_size = int(batch_size)
-        self.checkpoint = Checkpoint.open(checkpoint, band_length=band_length)
+        self.checkpoint = Checkpoint.open(checkpoint, follows_input=follows_input)
         self.max_length = int(max_length or self.checkpoint.sequence_length)
         self.max_gen_toks = int(max_gen_toks)
         self.truncated = 0

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..markdown import table
+from ..tables import table
 from .compare import NO_DIFFERENCE, Difference, average, columns_of
 from .suites import SUITES, implied_stderr
 
@@ -19,13 +19,13 @@ def attention_name(results: dict[str, Any]) -> str:
     """The attention of a result in a few words: its types, and the options that are not a type's defaults."""
     names = []
     for layer in results["attention"]:
-        options = {k: v for k, v in layer.items() if k not in ("name", "n_heads", "seq_len", "band_length")}
+        options = {k: v for k, v in layer.items() if k not in ("name", "n_heads", "band_length", "follows_input")}
         if options.get("head_order") == "natural":
             del options["head_order"]
         names.append(layer["name"] + "".join(f" {k}={v}" for k, v in sorted(options.items())))
     kinds = list(dict.fromkeys(names))
     text = kinds[0] if len(kinds) == 1 else ", ".join(f"{names.count(kind)} layers {kind}" for kind in kinds)
-    return text if results["band_length"] == "train" else f"{text}, band_length={results['band_length']}"
+    return f"{text}, follows_input=true" if results["follows_input"] else text
 
 
 def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -58,8 +58,8 @@ def _conditions(results: dict[str, Any]) -> str:
     lines = [
         f"Suite {results['suite']}: {attention_name(results)}, {results['checkpoint']}",
         "",
-        f"- values are mean +- standard error; band_length={results['band_length']}, at most {results['max_length']} tokens, "
-        f"{results['truncated_requests']} requests lost the beginning of their context",
+        f"- values are mean +- standard error; follows_input={str(results['follows_input']).lower()}, at most "
+        f"{results['max_length']} tokens, {results['truncated_requests']} requests lost the beginning of their context",
     ]
     if results["limit"] is not None:
         lines.append(f"- only the first {results['limit']} questions of each task: no figure to publish")

@@ -18,7 +18,7 @@ import torch
 from lm_eval.tasks import TaskManager
 from olmo_core.distributed.utils import get_rank, get_world_size
 
-from ..data.files import replace_file
+from ..files import replace_file
 from ..patterns.registry import nearest
 from . import offline
 from .model import SPAttnLM
@@ -62,7 +62,7 @@ def evaluate(
         "columns": [dataclasses.asdict(column) for column in suite.columns],
         "checkpoint": lm.checkpoint.path,
         "attention": list(layers),
-        "band_length": layers[0]["band_length"],
+        "follows_input": layers[0]["follows_input"],
         "max_length": lm.max_length,
         "truncated_requests": lm.truncated - before,
         "offline": from_wheel,

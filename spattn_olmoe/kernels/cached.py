@@ -39,10 +39,10 @@ def cached_attention(
     :raises ValueError: shapes that do not fit, an ``impl`` that cannot serve the call, or a pattern that follows the
         length of its input, for which a cache is not valid.
     """
-    if pattern.band_length == "input":
+    if pattern.follows_input:
         raise ValueError(
-            "attention.band_length='input' changes the mask with every new token, so a KV cache is not valid: "
-            "generate with use_cache=false, or use band_length='train'"
+            "attention.follows_input=true changes the mask with every new token, so a KV cache is not valid: "
+            "generate with use_cache=false, or use follows_input=False"
         )
     _check(q_BTHD, k_BSGD, v_BSGD, pattern, start, leftpad, head_offset)
     if scale is None:
@@ -57,7 +57,7 @@ def cached_attention(
     reason = _decode_unsuitable(q_BTHD, k_BSGD, v_BSGD, pattern)
     if reason:
         raise ValueError(f"impl='triton' {reason}")
-    from . import banded
+    from . import triton as banded
 
     device = q_BTHD.device
     start = start.to(device) if isinstance(start, Tensor) else torch.full((), start, device=device)

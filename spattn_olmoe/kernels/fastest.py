@@ -62,7 +62,7 @@ def _missing(device_type: str) -> str | None:
                 f"needs a GPU of compute capability 8.0 or later, not {capability[0]}.{capability[1]}: use impl='flex'"
             )
         return None
-    from . import banded  # imports Triton
+    from . import triton as banded  # imports Triton
 
     if device_type != "cpu" or not banded.is_interpreted():
         return f"needs a CUDA GPU, but q is on {device_type}: use impl='auto'"

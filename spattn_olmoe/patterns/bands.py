@@ -15,9 +15,9 @@ from .base import UNBOUNDED, Interval, Pattern
 from .registry import register_pattern
 
 
-def band(n_heads: int, seq_len: int, h: int) -> tuple[int, int]:
+def band(n_heads: int, band_length: int, h: int) -> tuple[int, int]:
     """Start ``S_h`` and width ``W_h`` of head ``h``'s band (Eq. 2-3). Widths differ by at most one token."""
-    base, extra = divmod(seq_len, n_heads)
+    base, extra = divmod(band_length, n_heads)
     return h * base + min(h, extra), base + (h < extra)
 
 
@@ -27,7 +27,7 @@ class BandedPattern(Pattern):
 
     def bands(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """:func:`band` for a tensor of heads."""
-        base, extra = self.seq_len // self.n_heads, self.seq_len % self.n_heads  # torch.compile knows no divmod
+        base, extra = self.band_length // self.n_heads, self.band_length % self.n_heads  # torch.compile knows no divmod
         return h * base + torch.clamp(h, max=extra), base + (h < extra).to(h.dtype)
 
 
@@ -66,7 +66,7 @@ class SPAttention(BandedPattern):
         return in_band | (d <= width) if self.local_sharing else in_band
 
     def head_intervals(self, h: int) -> list[Interval]:
-        start, width = band(self.n_heads, self.seq_len, h)
+        start, width = band(self.n_heads, self.band_length, h)
         local = [(0, width + 1)] if self.local_sharing else []
         return [*local, (start, start + width)]
 
@@ -82,7 +82,7 @@ class ExclusiveBands(BandedPattern):
         return (start <= d) & (d < start + width)
 
     def head_intervals(self, h: int) -> list[Interval]:
-        start, width = band(self.n_heads, self.seq_len, h)
+        start, width = band(self.n_heads, self.band_length, h)
         return [(start, start + width)]
 
 
@@ -97,7 +97,7 @@ class GappedBands(BandedPattern):
         return (start <= d) & (d < start + width // 2)
 
     def head_intervals(self, h: int) -> list[Interval]:
-        start, width = band(self.n_heads, self.seq_len, h)
+        start, width = band(self.n_heads, self.band_length, h)
         return [(start, start + width // 2)]
 
 
@@ -111,5 +111,5 @@ class SlidingWindow(BandedPattern):
         return q_idx - kv_idx <= width
 
     def head_intervals(self, h: int) -> list[Interval]:
-        _, width = band(self.n_heads, self.seq_len, h)
+        _, width = band(self.n_heads, self.band_length, h)
         return [(0, width + 1)]

@@ -1,7 +1,7 @@
 """What every attention pattern is: a small frozen value that says which keys a query may attend.
 
 Vocabulary, used throughout the project: ``T`` length of an input, ``H`` query heads, ``i`` query position,
-``j`` key position, ``d = i - j`` their distance, ``N`` the *band length* (``seq_len``) that bands partition.
+``j`` key position, ``d = i - j`` their distance, ``N`` the *band length* (``band_length``) that bands partition.
 Every pattern is causal: ``d >= 0``.
 """
 
@@ -52,24 +52,24 @@ class Pattern(ABC):
     what makes it fast.
 
     :param n_heads: query heads ``H`` of the whole model, not of one rank.
-    :param seq_len: band length ``N``: the length that bands partition and that window sizes derive from.
-    :param band_length: ``"train"``: ``N`` stays what it was in training, whatever the input's length.
-        ``"input"``: ``N`` is the input's length, as the paper's released code does it in evaluation.
+    :param band_length: band length ``N``: the length that bands partition and that window sizes derive from.
+    :param follows_input: False: ``N`` stays what it was in training, whatever the input's length.
+        True: ``N`` is the input's length, as the paper's released code does it in evaluation.
     :param head_order: a permutation: head ``h`` attends what head ``head_order[h]`` attends in the ``"natural"`` order.
         :func:`build_pattern` also takes ``"balanced"``, and makes a permutation of it.
     """
 
     n_heads: int
-    seq_len: int
-    band_length: str = "train"
+    band_length: int
+    follows_input: bool = False
     head_order: str | tuple[int, ...] = NATURAL
 
     name: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        self._check_whole("n_heads", "seq_len", at_least=1)
-        if self.band_length not in ("train", "input"):
-            raise ValueError(f"attention.band_length={self.band_length!r}: must be 'train' or 'input'")
+        self._check_whole("n_heads", "band_length", at_least=1)
+        if not isinstance(self.follows_input, bool):
+            raise ValueError(f"attention.follows_input={self.follows_input!r}: must be true or false")
         if self.head_order != NATURAL:
             order = checked_order(self.head_order, self.n_heads)
             in_order = order == tuple(range(self.n_heads))  # equal patterns compare equal
@@ -144,20 +144,20 @@ class Pattern(ABC):
     @property
     def options(self) -> dict[str, Any]:
         """The options of this type, by name, without heads and length."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("n_heads", "seq_len")}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("n_heads", "band_length")}
 
     def to_config(self) -> dict[str, Any]:
         """Keyword arguments with which ``build_pattern`` makes an equal pattern, in a new process as well."""
         module = type(self).__module__
         name = self.name if module.startswith(f"{__package__}.") else f"{module}.{self.name}"
-        config = {"name": name, "n_heads": self.n_heads, "seq_len": self.seq_len, **self.options}
+        config = {"name": name, "n_heads": self.n_heads, "band_length": self.band_length, **self.options}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
     def at_length(self, T: int) -> Pattern:
-        """The pattern that applies to ``T`` tokens: itself, or rebuilt for ``T`` with ``band_length="input"``."""
-        if self.band_length == "train" or T == self.seq_len:
+        """The pattern that applies to ``T`` tokens: itself, or rebuilt for ``T`` with ``follows_input=True``."""
+        if not self.follows_input or T == self.band_length:
             return self
-        return replace(self, seq_len=T)
+        return replace(self, band_length=T)
 
     @property
     def mask_mod(self) -> MaskMod:
@@ -189,7 +189,7 @@ class Pattern(ABC):
 
     def dense_mask(self, T: int | None = None, device: torch.device | str = "cpu") -> Tensor:
         """The whole mask, bool ``(H, T, T)``: ``[h, i, j]`` is True where query ``i`` attends key ``j``."""
-        T = self.seq_len if T is None else T
+        T = self.band_length if T is None else T
         return self.mask_rows(0, T, T, device=device)
 
     def mask_rows(self, start: int, stop: int, T: int, device: torch.device | str = "cpu") -> Tensor:
@@ -219,7 +219,7 @@ class Pattern(ABC):
 
     def attended_pairs_per_head(self, T: int | None = None) -> tuple[int, ...]:
         """:meth:`attended_pairs` of each head, in head order: the load that ranks share under tensor parallelism."""
-        T = self.seq_len if T is None else T
+        T = self.band_length if T is None else T
         pairs = _natural_pairs_per_head(replace(self.at_length(T), head_order=NATURAL), T)
         return tuple(pairs[h] for h in self._order)
 
@@ -233,7 +233,7 @@ class Pattern(ABC):
 
     def dead_rows(self, T: int | None = None) -> int:
         """Number of (head, query) rows that have no key at all, of ``H * T``. Their output is zero."""
-        T = self.seq_len if T is None else T
+        T = self.band_length if T is None else T
         pattern = self.at_length(T)
         table = interval_table(pattern)
         if table is None:

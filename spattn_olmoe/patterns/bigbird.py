@@ -46,27 +46,27 @@ class BigBird(Pattern):
     @property
     def window(self) -> int:
         """``w``: the largest local distance, inclusive. Of the stand-in."""
-        return max(1, min(128, max(1, self.seq_len // 8)))
+        return max(1, min(128, max(1, self.band_length // 8)))
 
     @property
     def n_global(self) -> int:
         """``g``: how many leading tokens are global. Of the stand-in."""
-        return max(1, min(8, max(1, self.seq_len // 64)))
+        return max(1, min(8, max(1, self.band_length // 64)))
 
     @property
     def stride(self) -> int:
         """``s``: every ``s``-th distance beyond the window is attended. Of the stand-in."""
-        return max(16, self.seq_len // 32)
+        return max(16, self.band_length // 32)
 
     @property
     def block(self) -> int:
         """``b``: tokens of a block of the real BigBird."""
-        return self.block_size or max(1, min(64, self.seq_len // 64))
+        return self.block_size or max(1, min(64, self.band_length // 64))
 
     def allows(self, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         if self.random_links == "seeded":
             return self._block_allows(h, q_idx // self.block, kv_idx // self.block)
-        if self.seq_len <= PLAIN_CAUSAL_UP_TO:
+        if self.band_length <= PLAIN_CAUSAL_UP_TO:
             return (q_idx >= kv_idx) & (h >= 0)
         d = q_idx - kv_idx
         strided = (d > self.window) & (d % self.stride == 0)
@@ -102,7 +102,7 @@ class BigBird(Pattern):
             linked = torch.clamp(block - (WINDOW_BLOCKS - 1) - GLOBAL_BLOCKS, min=0, max=RANDOM_BLOCKS) * b
             in_global = torch.clamp(i + 1, max=GLOBAL_BLOCKS * b)
             return self.n_heads * (int((in_global + torch.clamp(window, min=0) + linked).sum()),)
-        if self.seq_len <= PLAIN_CAUSAL_UP_TO:
+        if self.band_length <= PLAIN_CAUSAL_UP_TO:
             return self.n_heads * (causal_pairs(T),)
         farthest = torch.clamp(i - self.n_global, min=0) // self.stride  # strided distances that reach no global key
         strided = torch.clamp(farthest - self.window // self.stride, min=0)

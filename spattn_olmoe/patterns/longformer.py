@@ -25,21 +25,21 @@ class Longformer(Pattern):
     @property
     def window(self) -> int:
         """``w``: the largest local distance, inclusive."""
-        return max(1, min(256, self.seq_len // 4))
+        return max(1, min(256, self.band_length // 4))
 
     @property
     def n_global(self) -> int:
         """``g``: how many leading tokens are global."""
-        return max(1, min(16, max(1, self.seq_len // 32)))
+        return max(1, min(16, max(1, self.band_length // 32)))
 
     def allows(self, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        if self.seq_len <= PLAIN_CAUSAL_UP_TO:
+        if self.band_length <= PLAIN_CAUSAL_UP_TO:
             return (q_idx >= kv_idx) & (h >= 0)
         local = q_idx - kv_idx <= self.window
         return (local | (q_idx < self.n_global) | (kv_idx < self.n_global)) & (h >= 0)
 
     def _count_pairs_per_head(self, T: int) -> tuple[int, ...]:
-        if self.seq_len <= PLAIN_CAUSAL_UP_TO:
+        if self.band_length <= PLAIN_CAUSAL_UP_TO:
             return self.n_heads * (causal_pairs(T),)
         return self.n_heads * (int(window_and_global_pairs(T, self.window, self.n_global).sum()),)
 

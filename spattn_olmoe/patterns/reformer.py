@@ -55,13 +55,13 @@ class Reformer(Pattern):
     @property
     def n_buckets(self) -> int:
         """``nb``: number of buckets; even with ``"lsh"``, where every direction has an opposite one."""
-        n = max(2, self.seq_len // (self.bucket_size or max(1, min(64, self.seq_len // 8))))
+        n = max(2, self.band_length // (self.bucket_size or max(1, min(64, self.band_length // 8))))
         return n + n % 2 if self.follows_content else n
 
     @property
     def local(self) -> int:
         """``l``: the largest local distance, inclusive. Of the stand-in."""
-        return max(1, min(8, self.seq_len // 4))
+        return max(1, min(8, self.band_length // 4))
 
     @property
     def follows_content(self) -> bool:
@@ -76,7 +76,7 @@ class Reformer(Pattern):
         return lsh.bind(hashing, q_BTHD, k_BSGD, heads=heads, **given)
 
     def allows(self, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        if self.seq_len <= PLAIN_CAUSAL_UP_TO:
+        if self.band_length <= PLAIN_CAUSAL_UP_TO:
             return (q_idx >= kv_idx) & (h >= 0)
         nb = self.n_buckets
         apart = ((3 * q_idx + 13 * h + 7) % nb - (3 * kv_idx + 13 * h + 7) % nb).abs()
@@ -93,7 +93,7 @@ class Reformer(Pattern):
             apart = (1 - 1 / self.n_buckets) ** self.n_hashes  # probability that no round brings two vectors together
             alone = (1 - apart**T) / (1 - apart)  # queries that meet none of the keys before them
             return self.n_heads * (round((1 - apart) * T * (T - 1) / 2 + alone),)
-        if self.seq_len <= PLAIN_CAUSAL_UP_TO:
+        if self.band_length <= PLAIN_CAUSAL_UP_TO:
             return self.n_heads * (causal_pairs(T),)
         d = torch.arange(T)
         step = (3 * d) % self.n_buckets

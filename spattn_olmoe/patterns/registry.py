@@ -68,18 +68,18 @@ def pattern_class(name: str) -> type[Pattern]:
 
 
 def pattern_options(name: str) -> dict[str, Any]:
-    """The options that a type reads, with their defaults (``n_heads`` and ``seq_len`` aside)."""
+    """The options that a type reads, with their defaults (``n_heads`` and ``band_length`` aside)."""
     fields = dataclasses.fields(pattern_class(name))
-    return {f.name: f.default for f in fields if f.name not in ("n_heads", "seq_len")}
+    return {f.name: f.default for f in fields if f.name not in ("n_heads", "band_length")}
 
 
-def build_pattern(name: str, n_heads: int, seq_len: int, **options: Any) -> Pattern:
+def build_pattern(name: str, n_heads: int, band_length: int, **options: Any) -> Pattern:
     """Build the pattern of an attention type.
 
     :param name: one of :func:`available_patterns`, or ``module.name`` (see :func:`pattern_class`).
     :param n_heads: query heads ``H`` of the model.
-    :param seq_len: band length ``N``, normally the sequence length of training.
-    :param options: the type's own options, ``band_length``, and ``head_order``: ``natural``, a permutation, or
+    :param band_length: band length ``N``, normally the sequence length of training.
+    :param options: the type's own options, ``follows_input``, and ``head_order``: ``natural``, a permutation, or
         ``balanced``, which becomes the permutation of :func:`.head_order.balanced_order` for an input of ``N`` tokens.
     :raises ValueError: unknown name or option, or more heads than tokens.
     """
@@ -93,10 +93,10 @@ def build_pattern(name: str, n_heads: int, seq_len: int, **options: Any) -> Patt
     balanced = options.get("head_order") == BALANCED
     if balanced:
         options["head_order"] = NATURAL
-    pattern = cls(n_heads=n_heads, seq_len=seq_len, **options)
-    if n_heads > seq_len:
+    pattern = cls(n_heads=n_heads, band_length=band_length, **options)
+    if n_heads > band_length:
         raise ValueError(
-            f"n_heads={n_heads} is more than the band length seq_len={seq_len}: "
+            f"n_heads={n_heads} is more than the band length band_length={band_length}: "
             "some heads would have no distance to attend; use fewer heads or a longer sequence"
         )
     if balanced:

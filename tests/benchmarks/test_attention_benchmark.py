@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import attention as benchmark  # noqa: E402
-from benchmarks import contenders, machine, report, timing  # noqa: E402
-from spattn_olmoe import build_pattern  # noqa: E402
+from benchmarks import contenders, report, timing  # noqa: E402
+from spattn_olmoe import build_pattern, machine  # noqa: E402
 
 
 def test_the_gate_lets_the_right_attention_through_and_names_what_is_wrong():
-    pattern = build_pattern("spattention", n_heads=4, seq_len=benchmark.GATE_LENGTH)
+    pattern = build_pattern("spattention", n_heads=4, band_length=benchmark.GATE_LENGTH)
     found, missing = contenders.banded("cpu", pattern, benchmark.GATE_LENGTH)
     assert set(found) == {"ours", "sdpa masked"} and not missing
     check = {"label": "spattention", "H": 4, "D": 16, "dtype": torch.float32, "device": "cpu"}
@@ -38,7 +38,7 @@ def test_the_gate_lets_the_right_attention_through_and_names_what_is_wrong():
 def test_operations_and_bounds_are_those_of_the_design(monkeypatch):
     """B1 H8 N4096 D128 exclusive, forward: bound by memory, 7.8 microseconds on an H200."""
     setting = benchmark.Setting(1, 8, 4096, 128)
-    pattern = build_pattern("spattention", n_heads=8, seq_len=4096)
+    pattern = build_pattern("spattention", n_heads=8, band_length=4096)
     monkeypatch.setattr(machine, "device_name", lambda device: "NVIDIA H200")
     row = benchmark._derived(setting, pattern, "fwd", 0.0156, "cuda")
     assert row["share_of_bound"] == pytest.approx(0.5, rel=0.01)

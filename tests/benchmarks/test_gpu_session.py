@@ -11,8 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu, loss_curves, machine  # noqa: E402
+from benchmarks import gpu, loss_curves  # noqa: E402
 from benchmarks.gpu import Part  # noqa: E402
+from spattn_olmoe import machine  # noqa: E402
 
 
 def python(code):

@@ -10,11 +10,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import machine, report, training  # noqa: E402
+from benchmarks import report, training  # noqa: E402
 from benchmarks.training import ATTENTION, Setting  # noqa: E402
 from benchmarks.training_step import Job, judge  # noqa: E402
-from spattn_olmoe.olmo import load_experiment  # noqa: E402
-from spattn_olmoe.olmo.flops import flops_per_token  # noqa: E402
+from spattn_olmoe import machine  # noqa: E402
+from spattn_olmoe.model.flops import flops_per_token  # noqa: E402
+from spattn_olmoe.train import load_experiment  # noqa: E402
 
 TINY = ("model.d_model=32", "model.n_layers=2", "model.block.feed_forward_moe.hidden_size=16")
 

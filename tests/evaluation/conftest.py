@@ -14,10 +14,10 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 import pytest
 
 from spattn_olmoe import build_pattern
-from spattn_olmoe.cli import user_errors
 from spattn_olmoe.data import DataConfig, SourceConfig, TokenizerSection, prepare
+from spattn_olmoe.errors import user_errors
 from spattn_olmoe.evaluation import commands
-from spattn_olmoe.olmo.checkpoints import write_checksums
+from spattn_olmoe.model.checkpoints import write_checksums
 from tests.conftest import ROOT, run_training
 
 
@@ -45,7 +45,7 @@ def checkpoint_of(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
             mixer["pattern"], mixer["pattern_options"] = name, options
             (folder / "config.json").write_text(json.dumps(config))
             fingerprint = json.loads((folder / "attention.json").read_text())
-            pattern = build_pattern(name, n_heads=4, seq_len=32, **options)
+            pattern = build_pattern(name, n_heads=4, band_length=32, **options)
             fingerprint["layers"] = [pattern.to_config()] * len(fingerprint["layers"])
             (folder / "attention.json").write_text(json.dumps(fingerprint))
             write_checksums(folder, rank=0, ranks=1)

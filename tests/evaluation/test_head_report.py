@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spattn_olmoe.analysis import head_report
+from spattn_olmoe.paper import head_report
 
 
 def test_checkpoints_side_by_side(checkpoint_of, held_out_data: Path, tmp_path: Path):

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from olmo_core.exceptions import OLMoConfigurationError
 
 from spattn_olmoe.data import Manifest
-from spattn_olmoe.evaluation.checkpoint import Checkpoint
-from spattn_olmoe.olmo import apply_remedies, load_experiment
-from spattn_olmoe.olmo.callbacks import read_metrics
-from spattn_olmoe.olmo.evaluators import held_out_datasets, label_all_files
-from spattn_olmoe.olmo.experiment import build_trainer, check
-from spattn_olmoe.olmo.remedies import held_out_loss
-from spattn_olmoe.olmo.shards import check_data
+from spattn_olmoe.model import apply_remedies
+from spattn_olmoe.model.checkpoint import Checkpoint
+from spattn_olmoe.model.remedies import held_out_loss
+from spattn_olmoe.train import load_experiment
+from spattn_olmoe.train.evaluators import held_out_datasets, label_all_files
+from spattn_olmoe.train.progress import read_metrics
+from spattn_olmoe.train.run import build_trainer, check
+from spattn_olmoe.train.shards import check_data
 from tests.conftest import training_command, training_environment
 
 LENGTH = 128
@@ -173,7 +174,7 @@ def test_two_ranks_log_the_same_to_the_file_and_to_wandb(tiny_yaml, overrides, h
 IN_LOOP = "trainer.callbacks.downstream_evaluator"
 REFUSED = {
     "an unknown task": ([f"{IN_LOOP}.tasks=[coppa]"], [f"{IN_LOOP}.tasks: coppa", "did you mean 'copa'?"]),
-    "bands that padding moves": (["attention.band_length=input"], ["band_length=input", f"{IN_LOOP}.enabled=false"]),
+    "bands that padding moves": (["attention.follows_input=true"], ["follows_input=true", f"{IN_LOOP}.enabled=false"]),
     "tensor parallelism": (["train_module.tp_config.degree=2"], ["train_module.tp_config", f"{IN_LOOP}.enabled=false"]),
     "no such data": (
         ["trainer.callbacks.lm_evaluator.eval_dataset.paths=[no/validation-*.bin]"],
@@ -208,9 +209,9 @@ def test_without_the_package_in_loop_tasks_are_refused(tiny_yaml, overrides):
 import importlib.util as util, sys
 find = util.find_spec
 util.find_spec = lambda name, *rest: None if name == "olmo_eval" else find(name, *rest)
-from spattn_olmoe.olmo import load_experiment
-from spattn_olmoe.olmo.evaluators import held_out_datasets, label_all_files
-from spattn_olmoe.olmo.experiment import check
+from spattn_olmoe.train import load_experiment
+from spattn_olmoe.train.evaluators import held_out_datasets, label_all_files
+from spattn_olmoe.train.run import check
 check(load_experiment(sys.argv[1], sys.argv[2:]))
 """
     done = subprocess.run(

@@ -10,7 +10,7 @@ import torch
 
 from spattn_olmoe.data import Manifest
 from spattn_olmoe.evaluation import loss
-from spattn_olmoe.evaluation.checkpoint import Checkpoint
+from spattn_olmoe.model.checkpoint import Checkpoint
 
 
 def test_losses_are_the_models_own_for_any_batch_size(checkpoint_of, held_out_data):

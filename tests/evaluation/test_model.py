@@ -17,9 +17,9 @@ TEXT = (
 )
 TYPES = [
     ("spattention", {"local_sharing": True}),
-    ("spattention", {"band_length": "input"}),
+    ("spattention", {"follows_input": True}),
     ("longformer", {}),
-    ("reformer", {"band_length": "input"}),
+    ("reformer", {"follows_input": True}),
 ]
 
 
@@ -70,7 +70,7 @@ def test_transformers_olmoe_under_lm_evals_own_model_scores_alike(checkpoint_of)
     transformers = pytest.importorskip("transformers")
     from lm_eval.models.huggingface import HFLM
 
-    from spattn_olmoe.olmo.hf import to_transformers, transformers_config
+    from spattn_olmoe.model.hf import to_transformers, transformers_config
 
     ours = SPAttnLM(checkpoint_of("standard"), max_length=64)
     config = transformers_config(ours.checkpoint.model, max_length=64, eos_token_id=0, pad_token_id=1)
@@ -141,17 +141,17 @@ def test_generated_text_is_that_of_greedy_decoding_without_cache_or_batch(checkp
 def test_band_length_can_be_overridden(checkpoint_of):
     folder = checkpoint_of("spattention", local_sharing=False)
     request = instances("loglikelihood", ("The name is", " a value"))
-    trained, follows = (SPAttnLM(folder, band_length=b).loglikelihood(request)[0][0] for b in ("train", "input"))
+    trained, follows = (SPAttnLM(folder, follows_input=b).loglikelihood(request)[0][0] for b in (False, True))
     assert abs(trained - follows) > 1e-3
     assert SPAttnLM(folder).loglikelihood(request)[0][0] == trained
 
 
 def test_lm_eval_knows_the_model(checkpoint_of):
     lm = get_model("spattn_olmoe").create_from_arg_string(
-        f"checkpoint={checkpoint_of('eball')},band_length=input", {"batch_size": "4", "device": None}
+        f"checkpoint={checkpoint_of('eball')},follows_input=true", {"batch_size": "4", "device": None}
     )
     assert isinstance(lm, SPAttnLM) and lm.batch_size == 4
     assert {layer["name"] for layer in lm.checkpoint.layers} == {"eball"}
-    assert {layer["band_length"] for layer in lm.checkpoint.layers} == {"input"}
+    assert {layer["follows_input"] for layer in lm.checkpoint.layers} == {True}
     with pytest.raises(ValueError, match="batch_size='auto'"):
         SPAttnLM(checkpoint_of("eball"), batch_size="auto")

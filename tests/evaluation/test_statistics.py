@@ -55,9 +55,9 @@ def results(right: dict[str, list[int]], suite: str = "table2", **changes: objec
             "questions": {column.task: {"doc_hash": [str(i) for i in range(len(answers))], "acc": answers}},
         }
     columns = [vars(column) for column in SUITES[suite].columns]
-    layers = [{"name": "standard", "n_heads": 4, "seq_len": 32, "band_length": "train"}]
+    layers = [{"name": "standard", "n_heads": 4, "band_length": 32, "follows_input": False}]
     base = {"suite": suite, "columns": columns, "offline": True, "limit": None, "measurements": measurements}
-    return {**base, "attention": layers, "band_length": "train", "checkpoint": "run/step1", **changes}
+    return {**base, "attention": layers, "follows_input": False, "checkpoint": "run/step1", **changes}
 
 
 KEYS = [column.key for column in SUITES["table2"].columns]

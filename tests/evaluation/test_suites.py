@@ -128,10 +128,10 @@ def test_table1_from_the_command_line_and_against_itself(checkpoint_of, tmp_path
         )
 
     checkpoint = checkpoint_of("spattention", local_sharing=True)
-    done = command("--checkpoint", checkpoint, "--limit", "1", "--out", "here", "band_length=input")
+    done = command("--checkpoint", checkpoint, "--limit", "1", "--out", "here", "follows_input=true")
     assert done.returncode == 0, done.stderr
     results = run.read(tmp_path / "here/table1.json")
-    assert results["band_length"] == "input" and results["offline"] is True
+    assert results["follows_input"] is True and results["offline"] is True
     assert results["attention"][0]["local_sharing"] is True
     assert results["versions"]["lm-eval"] and results["checkpoint"] == checkpoint
     table = (tmp_path / "here/table1.md").read_text()

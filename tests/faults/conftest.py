@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.processes import Run
-from tests.olmo.tiny import write_data
+from tests.model.tiny import write_data
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from olmo_core.distributed.utils import get_rank
 from olmo_core.train import Trainer, trainer
 from olmo_core.train.callbacks import Callback
 
-from spattn_olmoe.olmo.remedies import cancellation
+from spattn_olmoe.model.remedies import cancellation
 
 PREFIX = "trainer.callbacks.fault="
 

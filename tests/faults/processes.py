@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.olmo.tiny import BASE, ROOT, TINY, environment, run_overrides
+from tests.model.tiny import BASE, ROOT, TINY, environment, run_overrides
 
 SCRIPT = ROOT / "scripts" / "train.py"
 LIMIT = 300.0
@@ -124,7 +124,7 @@ class Run:
     @property
     def curve(self) -> dict[int, tuple[float, float]]:
         """Loss and gradient norm by step, as far as the run has written them."""
-        from spattn_olmoe.olmo.callbacks import read_metrics
+        from spattn_olmoe.train.progress import read_metrics
 
         metrics = read_metrics(self.folder)
         return {

@@ -11,7 +11,7 @@ import pytest
 import torch
 from olmo_core.exceptions import OLMoConfigurationError
 
-from spattn_olmoe.olmo.checkpoints import find_checkpoint, find_damage, resolve_checkpoint, write_checksums
+from spattn_olmoe.model.checkpoints import find_checkpoint, find_damage, resolve_checkpoint, write_checksums
 from tests.faults.injected import inject
 from tests.faults.processes import Run
 

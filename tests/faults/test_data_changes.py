@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.faults.processes import Run
-from tests.olmo.tiny import write_data
+from tests.model.tiny import write_data
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def poisoned_memory():
 
 def build(name, H, N):
     name, _, sharing = name.partition("+")
-    return build_pattern(name, n_heads=H, seq_len=N, **({"local_sharing": True} if sharing else {}))
+    return build_pattern(name, n_heads=H, band_length=N, **({"local_sharing": True} if sharing else {}))
 
 
 def tensors(B, T, H, G, D, dtype=torch.bfloat16):
@@ -91,7 +91,7 @@ RIVALS = {
 @pytest.mark.parametrize("T", [200, 1024])
 @pytest.mark.parametrize("name", RIVALS)
 def test_the_rivals_through_flex_agree_with_the_reference(name, T, with_documents):
-    pattern = build_pattern(name.partition(",")[0], n_heads=8, seq_len=1024, **RIVALS[name])
+    pattern = build_pattern(name.partition(",")[0], n_heads=8, band_length=1024, **RIVALS[name])
     cu_doc_lens = torch.tensor([0, 50, 290, 2 * T], dtype=torch.int32, device="cuda") if with_documents else None
     xs, d_out = tensors(2, T, 8, 2, 64, torch.float32), torch.randn(2, T, 8, 64, device="cuda")
     assert choose("cuda", pattern, T, with_documents) == "flex"

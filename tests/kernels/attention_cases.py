@@ -49,9 +49,9 @@ OWN = {"every_other": EveryOther, "two_far_intervals": TwoFarIntervals}
 
 def build(mask: str, H: int, N: int, **options) -> Pattern:
     if mask in OWN:
-        return OWN[mask](n_heads=H, seq_len=N, **options)
+        return OWN[mask](n_heads=H, band_length=N, **options)
     name, own = (MASKS | CONTENT)[mask]
-    return build_pattern(name, n_heads=H, seq_len=N, **own, **options)
+    return build_pattern(name, n_heads=H, band_length=N, **own, **options)
 
 
 @dataclass(frozen=True)

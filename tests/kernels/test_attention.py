@@ -108,8 +108,8 @@ def test_cpu_equals_reference_on_any_shape(data):
     docs = None if bounds is None else tuple(b - a for a, b in itertools.pairwise(bounds))
     case = Case(T=T, N=N, H=H, G=G, B=B, D=4, docs=docs)
     mask = data.draw(st.sampled_from([*ALL, *CONTENT]), "mask")
-    band_length = data.draw(st.sampled_from(["train", "input"]), "band_length")
-    pattern = build(mask, H, N, band_length=band_length)
+    follows_input = data.draw(st.sampled_from([False, True]), "follows_input")
+    pattern = build(mask, H, N, follows_input=follows_input)
     qkvw = inputs(case)
     for got, expected in zip(run("cpu", case, pattern, qkvw), run("reference", case, pattern, qkvw), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
@@ -227,16 +227,16 @@ DOCUMENTS = (slice(0, 37), slice(37, 100))
 def test_band_length_input_attends_as_a_pattern_of_that_length(mask, impl):
     case = Case(T=50, N=160)
     q, k, v, _ = inputs(case, torch.float32, requires_grad=False)
-    got = forward(impl, case, build(mask, case.H, 160, band_length="input"), q, k, v)
+    got = forward(impl, case, build(mask, case.H, 160, follows_input=True), q, k, v)
     torch.testing.assert_close(got, forward("reference", case, build(mask, case.H, 50), q, k, v))
 
 
 @pytest.mark.parametrize("shape", [(2, 0), (0, 5)])
 @pytest.mark.parametrize("impl", ["auto", "reference", "cpu", "flex", "sdpa"])
-@pytest.mark.parametrize("band_length", ["train", "input"])
-def test_nothing_in_nothing_out(impl, shape, band_length):
+@pytest.mark.parametrize("follows_input", [False, True])
+def test_nothing_in_nothing_out(impl, shape, follows_input):
     q = torch.randn(*shape, 4, 8, requires_grad=True)
-    out = attention(q, q, q, build("standard", 4, 8, band_length=band_length), impl)
+    out = attention(q, q, q, build("standard", 4, 8, follows_input=follows_input), impl)
     assert out.shape == q.shape
     out.sum().backward()
     assert q.grad.shape == q.shape

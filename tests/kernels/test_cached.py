@@ -81,7 +81,7 @@ def test_a_cache_in_half_precision_serves_float32_queries():
 
 
 def test_band_length_input_has_no_valid_cache():
-    pattern = build("eball", 4, 20, band_length="input")
+    pattern = build("eball", 4, 20, follows_input=True)
     q = torch.randn(1, 1, 4, 8)
-    with pytest.raises(ValueError, match=r"attention\.band_length='input' .*use_cache=false, or use band_length"):
+    with pytest.raises(ValueError, match=r"attention\.follows_input=true .*use_cache=false, or use follows_input"):
         cached_attention(q, q, q, pattern, start=0)

@@ -48,7 +48,7 @@ def test_auto_chooses_by_device_and_pattern(device, mask, documents, impl):
 
 
 def test_auto_says_once_what_it_chose(caplog):
-    logger = "spattn_olmoe.kernels.attention"
+    logger = "spattn_olmoe.kernels.dispatch"
     door._say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger=logger):
         for _ in range(3):

@@ -10,7 +10,7 @@ from attention_cases import build
 
 from spattn_olmoe import attention
 from spattn_olmoe.kernels import choose, fastest
-from spattn_olmoe.kernels.attention import unsuitable
+from spattn_olmoe.kernels.dispatch import unsuitable
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ import torch
 from spattn_olmoe import attention, build_pattern
 from spattn_olmoe.kernels import cached_attention
 q = torch.randn(1, 64, 4, 8)
-pattern = build_pattern("spattention", n_heads=4, seq_len=64)
+pattern = build_pattern("spattention", n_heads=4, band_length=64)
 attention(q, q, q, pattern)
 cached_attention(q[:, -1:], q, q, pattern, start=63)
 for call in (lambda: attention(q, q, q, pattern, impl="triton"),

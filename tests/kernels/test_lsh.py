@@ -12,12 +12,12 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from spattn_olmoe import attention, build_pattern
 from spattn_olmoe.kernels import cached_attention, flex
-from spattn_olmoe.kernels.attention import unsuitable
+from spattn_olmoe.kernels.dispatch import unsuitable
 from spattn_olmoe.patterns import lsh
 
 
 def lsh_pattern(H=4, N=48, **options):
-    return build_pattern("reformer", n_heads=H, seq_len=N, buckets="lsh", **options)
+    return build_pattern("reformer", n_heads=H, band_length=N, buckets="lsh", **options)
 
 
 def buckets_of(pattern, x, h):
@@ -193,5 +193,5 @@ def test_there_is_no_mask_without_content():
 )
 def test_bad_options_are_one_line(name, options, said):
     with pytest.raises(ValueError) as caught:
-        build_pattern(name, n_heads=4, seq_len=64, **options)
+        build_pattern(name, n_heads=4, band_length=64, **options)
     assert said in str(caught.value) and "\n" not in str(caught.value)

@@ -15,9 +15,12 @@ from shift_oracle import shifted_attention
 from torch.utils.checkpoint import checkpoint
 
 from spattn_olmoe import attention, build_pattern
-from spattn_olmoe.kernels import banded, cached_attention, reference
-from spattn_olmoe.kernels.attention import unsuitable
-from spattn_olmoe.kernels.banded import configs, ops, plan
+from spattn_olmoe.kernels import cached_attention, reference
+from spattn_olmoe.kernels import triton as banded
+from spattn_olmoe.kernels.dispatch import unsuitable
+from spattn_olmoe.kernels.triton import ops
+from spattn_olmoe.kernels.triton import schedule as plan
+from spattn_olmoe.kernels.triton import tile_sizes as configs
 from spattn_olmoe.patterns import Pattern, interval_table
 
 
@@ -41,9 +44,9 @@ class Fixed(Pattern):
 
 def build(name, H, N):
     if name == "fixed":
-        return Fixed(n_heads=H, seq_len=N)
+        return Fixed(n_heads=H, band_length=N)
     name, _, sharing = name.partition("+")
-    return build_pattern(name, n_heads=H, seq_len=N, **({"local_sharing": True} if sharing else {}))
+    return build_pattern(name, n_heads=H, band_length=N, **({"local_sharing": True} if sharing else {}))
 
 
 @pytest.fixture(autouse=True)

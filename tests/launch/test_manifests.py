@@ -9,8 +9,8 @@ import yaml
 from olmo_core.exceptions import OLMoConfigurationError
 
 from spattn_olmoe import __version__
-from spattn_olmoe.olmo import load_experiment
-from spattn_olmoe.olmo.experiment import check, check_layout
+from spattn_olmoe.train import load_experiment
+from spattn_olmoe.train.run import check, check_layout
 from tests.conftest import ROOT
 
 LAUNCH = ROOT / "scripts/launch"

@@ -33,7 +33,7 @@ SHAPES = [
 
 def build(mask: str, H: int, N: int, **options) -> Pattern:
     name, own = MASKS[mask]
-    return build_pattern(name, n_heads=H, seq_len=N, **own, **options)
+    return build_pattern(name, n_heads=H, band_length=N, **own, **options)
 
 
 def keys_of(dense: torch.Tensor) -> list[list[set[int]]]:
@@ -65,7 +65,7 @@ def test_mask_counts_and_intervals_agree_with_the_definition(mask, H, N, T):
 @pytest.mark.parametrize("mask", MASKS)
 def test_band_length_input_makes_bands_of_the_input(mask, H, N, T):
     """T smaller than H is no error here: heads beyond T have nothing to attend."""
-    pattern = build(mask, H, N, band_length="input")
+    pattern = build(mask, H, N, follows_input=True)
     keys = allowed_keys(mask, H, T, T)
     assert keys_of(pattern.dense_mask(T)) == keys
     assert pattern.attended_pairs(T) == sum(len(row) for head in keys for row in head)

@@ -19,7 +19,7 @@ def heads_and_lengths(draw):
 
 def build(mask, H, N):
     name, options = MASKS[mask]
-    return build_pattern(name, n_heads=H, seq_len=N, **options)
+    return build_pattern(name, n_heads=H, band_length=N, **options)
 
 
 def contains(big, small):

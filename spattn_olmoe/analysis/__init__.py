@@ -1,1 +1,0 @@
-"""Pictures and statistics of what was trained: mask pictures, head diversity and entropy, result tables."""

@@ -1,0 +1,139 @@
+"""Checks that take several processes, and one table of all machines."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from olmo_core.exceptions import OLMoConfigurationError
+
+from ..train.config import ExperimentConfig
+from ..train.run import check, check_layout
+from .node import FAIL, OK, WARN, Row, check_node
+
+TIMEOUT = timedelta(seconds=120)
+MAX_SKEW = 1.0
+"""Seconds by which the clocks of machines may differ."""
+ELEMENTS = 2**22
+"""float32 elements of the all-reduce: 16 MiB."""
+
+
+def check_cluster(config: ExperimentConfig) -> list[Row]:
+    """All checks, on every machine of a ``torchrun`` job, or on this one alone. Every rank gets every row.
+
+    :raises DistStoreError, RuntimeError: the processes cannot reach each other at all.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if "RANK" not in os.environ:
+        return merge([("", check_node(config, ranks, 1) + fits(config, ranks, alone=True) + [all_reduce_here()])])
+    device = _device()
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        nodes = ranks // int(os.environ["LOCAL_WORLD_SIZE"])
+        own = check_node(config, ranks, nodes) if os.environ["LOCAL_RANK"] == "0" else []
+        gathered: list[tuple[str, list[Row]]] = [("", [])] * ranks
+        dist.all_gather_object(gathered, (socket.gethostname(), own))
+        rows = merge([(host, rows) for host, rows in gathered if rows])
+        return [*rows, *fits(config, ranks), all_reduce(device), clock_skew()]
+    finally:
+        dist.destroy_process_group()
+
+
+def fits(config: ExperimentConfig, ranks: int, alone: bool = False) -> list[Row]:
+    """Whether the config is sound and its layout fits the number of processes."""
+    try:
+        check(config)
+        if not alone or ranks > 1:
+            check_layout(config, ranks)
+    except OLMoConfigurationError as error:
+        return [Row("layout", FAIL, str(error), "python scripts/plan.py proposes one")]
+    if alone:
+        return [Row("layout", OK, "config is sound; its layout is checked under torchrun")]
+    return [Row("layout", OK, f"fits {ranks} processes")]
+
+
+def all_reduce(device: torch.device) -> Row:
+    """A real all-reduce over all processes: is the sum right, and how fast was it?"""
+    size = dist.get_world_size()
+    x = torch.full((ELEMENTS,), float(dist.get_rank() + 1), device=device)
+    dist.all_reduce(x)  # the first one connects
+    right = bool((x == size * (size + 1) / 2).all())
+    start = time.perf_counter()
+    dist.all_reduce(x)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    moved = 2 * (size - 1) / size * x.numel() * x.element_size()
+    found = f"{dist.get_backend()} over {size} processes, {moved / seconds / 1e9:.2f} GB/s"
+    return Row(
+        "all-reduce", OK if right else FAIL, found, "" if right else "the sum is wrong: look for a broken GPU or link"
+    )
+
+
+def all_reduce_here() -> Row:
+    """The same over the GPUs of this machine, or two processes without one, started for it."""
+    size = torch.cuda.device_count() if torch.cuda.is_available() else 2
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "row"
+        try:
+            torch.multiprocessing.spawn(_reduce, args=(size, folder, str(out)), nprocs=size)
+        except Exception as error:  # the library's errors have no common type
+            reason = str(error).strip().splitlines()[-1]
+            return Row("all-reduce", FAIL, reason, "NCCL_DEBUG=INFO says more on GPUs; see host name and network above")
+        status, found, remedy = out.read_text().split("\n")
+        return Row("all-reduce", status, found, remedy)
+
+
+def _reduce(rank: int, size: int, folder: str, out: str) -> None:
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = dist.FileStore(f"{folder}/store", size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    row = all_reduce(device)
+    if rank == 0:
+        Path(out).write_text(f"{row.status}\n{row.found}\n{row.remedy}")
+    dist.destroy_process_group()
+
+
+def clock_skew() -> Row:
+    """How far apart the processes' clocks are, right after they have met."""
+    dist.barrier()
+    now: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(now, time.time())
+    skew = max(now) - min(now)
+    good = skew <= MAX_SKEW
+    return Row(
+        "clock skew", OK if good else WARN, f"{skew * 1000:.0f} ms at most", "" if good else "run NTP on every node"
+    )
+
+
+def merge(by_host: list[tuple[str, list[Row]]]) -> list[Row]:
+    """One table of several machines: what is the same everywhere is one row, what differs names the machine."""
+    out: list[Row] = []
+    for name in dict.fromkeys(row.name for _, rows in by_host for row in rows):
+        groups: dict[tuple[Row, ...], list[str]] = {}
+        for host, rows in by_host:
+            groups.setdefault(tuple(row for row in rows if row.name == name), []).append(host)
+        for alike, hosts in groups.items():
+            where = "" if len(groups) == 1 else f"{', '.join(hosts)}: "
+            out += [Row(row.name, row.status, where + row.found, row.remedy) for row in alike]
+            if not alike:
+                out.append(Row(name, WARN, f"{', '.join(hosts)}: not checked", "nodes differ: look there"))
+    return out
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device

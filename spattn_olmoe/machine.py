@@ -1,0 +1,107 @@
+"""What a result is worth nothing without: the machine, the versions, the commit and the command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+PACKAGES = (
+    *("torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "flash-sparse-attn", "ai2-olmo-core"),
+    *("tokenizers", "datasets", "numpy", "pyarrow", "zstandard", "lm-eval", "transformers"),
+)
+
+
+class Bound(NamedTuple):
+    """What a GPU was measured to reach: bfloat16 operations and bytes of memory, a second."""
+
+    flops: float
+    bytes: float
+
+
+BOUNDS = {"NVIDIA H200": Bound(790e12, 4.3e12)}
+"""Measured with large matrix products and copies, not taken from a data sheet. A GPU that is not here gets "n/a"."""
+
+
+COMMIT = "SPATTN_COMMIT"
+"""The environment variable that names the commit of sources that were copied without their repository."""
+
+
+def default_device() -> str:
+    """``cuda`` where there is one, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def describe(device: str, note: str | None = None) -> dict[str, Any]:
+    """Machine, versions, commit and command of this process, and what a person has to say of it."""
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "driver": _driver() if device == "cuda" else None,
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "commit": _git("rev-parse", "HEAD") or os.environ.get(COMMIT),
+        "changed": None if changes is None else bool(changes),
+        "command": " ".join(["python", *sys.argv]),
+        **({"note": note} if note else {}),
+    }
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+
+
+def results_folder(device: str) -> Path:
+    """Where the results of this machine go: one folder per GPU model, ``cpu`` for all CPUs."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") if device == "cuda" else "cpu"
+    return Path(__file__).parents[1] / "benchmarks" / "results" / slug
+
+
+def write_json(path: Path, results: Any) -> None:
+    """Store results as text that a diff can show, in a folder that is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _cpu_name() -> str:
+    try:
+        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*args: str) -> str | None:
+    run = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return run.stdout.strip() if run.returncode == 0 else None
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None

@@ -1,0 +1,138 @@
+"""Checkpoints as evaluation loads them: checked first, then one model with its tokenizer."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from olmo_core.distributed.utils import get_world_size
+from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.generate.generation_module import TransformerGenerationModule
+from olmo_core.nn.transformer import TransformerConfig
+from tokenizers import Tokenizer
+from torch.distributed.checkpoint.api import CheckpointException
+
+from ..data.config import TokenizerSection
+from ..data.tokenizer import find_tokenizer, parse_tokenizer, vocab_size
+from .checkpoints import resolve_checkpoint
+from .fingerprint import FILE_NAME, Fingerprint
+from .generation import load_generator, load_tokenizer, read_checkpoint_config
+from .section import layer_patterns, with_follows_input
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint says about itself, before its weights are read.
+
+    :param path: the checkpoint's own folder, ``.../stepN``.
+    :param config: its ``config.json``.
+    :param model: the model, with ``follows_input`` as asked for.
+    :param layers: the attention pattern of every layer of ``model``.
+    """
+
+    path: str
+    config: dict[str, Any]
+    model: TransformerConfig
+    layers: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def open(cls, folder: str | Path, *, follows_input: bool | None = None) -> Checkpoint:
+        """Find the checkpoint in a folder and compare its config with its ``attention.json``.
+
+        :param follows_input: bands of the input's length or not, instead of what the checkpoint was trained with.
+        :raises OLMoConfigurationError: there is none, it does not say what attention it has, or contradicts itself.
+        """
+        if follows_input not in (None, True, False):
+            raise OLMoConfigurationError(f"follows_input={follows_input!r}: must be true or false")
+        path = resolve_checkpoint(folder)
+        config = read_checkpoint_config(path)
+        try:
+            model = TransformerConfig.from_dict(config["model"])
+        except KeyError as error:
+            raise OLMoConfigurationError(f"{path}/config.json has no {error}: it describes no model") from None
+        _check_fingerprint(path, model)
+        if follows_input is not None:
+            model = with_follows_input(model, follows_input)
+        return cls(path, config, model, tuple(pattern.to_config() for pattern in layer_patterns(model)))
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a training sequence."""
+        return self.config["dataset"]["sequence_length"]
+
+    @property
+    def eos_token_id(self) -> int:
+        return self.config["dataset"]["tokenizer"]["eos_token_id"]
+
+    @property
+    def follows_input(self) -> bool:
+        """Whether the mask of some layer depends on the length of its input."""
+        return any(layer["follows_input"] for layer in self.layers)
+
+    def tokenizer(self, override: str | Path | None = None) -> Tokenizer:
+        """The checkpoint's tokenizer, or another ``tokenizer.json``.
+
+        :raises ValueError: there is none, or it has ids that the model does not.
+        """
+        if override is None:
+            try:
+                tokenizer = load_tokenizer(self.path)
+            except ValueError as error:
+                raise OLMoConfigurationError(
+                    f"{self.path} has no tokenizer.json, and: {error}; give the file with tokenizer=FILE"
+                ) from None
+        else:
+            data, _ = find_tokenizer(TokenizerSection(identifier=str(override)))
+            tokenizer = parse_tokenizer(data, str(override))
+        if (size := vocab_size(tokenizer)) > self.model.vocab_size:
+            raise OLMoConfigurationError(
+                f"tokenizer of {self.path}: it has {size} ids but the model only {self.model.vocab_size}: "
+                "give the one the model was trained with"
+            )
+        return tokenizer
+
+    def load(self, device: str | None = None) -> TransformerGenerationModule:
+        """The model with its weights.
+
+        :param device: by default the GPU, where there is one, and on several ranks each one's own.
+        :raises OLMoConfigurationError: files of the checkpoint are missing or cut off, or there is no such device.
+        """
+        try:
+            return load_generator(self.path, _device(device) if device else None, model=self.model)
+        except (CheckpointException, EOFError, pickle.UnpicklingError, OSError) as error:
+            cause: BaseException = error
+            if isinstance(error, CheckpointException):  # its own message is a list of ranks
+                cause, _ = next(iter(error.failures.values()))
+            raise OLMoConfigurationError(
+                f"checkpoint {self.path} cannot be read, a file is missing, cut off or damaged "
+                f"({type(cause).__name__}: {cause}): restore it, or name an older stepN"
+            ) from error
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise OLMoConfigurationError(f"device={name}: not a device; say cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OLMoConfigurationError(f"device={name}: there is no such GPU here; say cpu to do without")
+    if device.index is not None and get_world_size() > 1:
+        raise OLMoConfigurationError(f"device={name}: {get_world_size()} ranks cannot share it; leave it to each rank")
+    return device
+
+
+def _check_fingerprint(path: str, model: TransformerConfig) -> None:
+    """Raise unless a checkpoint says what attention it was trained with, and its config says the same."""
+    stated, described = Fingerprint.read(path), Fingerprint.of(model)
+    if stated is None:
+        raise OLMoConfigurationError(
+            f"checkpoint {path} does not say what attention it was trained with ({FILE_NAME} is missing): "
+            "restore that file from the run's folder"
+        )
+    if stated != described:
+        raise OLMoConfigurationError(
+            f"checkpoint {path} contradicts itself: {FILE_NAME} says {stated}, config.json {described}; restore both files"
+        )

@@ -1,0 +1,138 @@
+"""What ``scripts/reproduce.py`` does."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..train.progress import PEAK_FLOPS
+from . import appendix, masks, report
+from .measure import check_device, prepare_data, run_all, suite_command, train_command
+from .runs import CONFIGS, SCALES, TABLES, VARIANTS, Run, Scale, Table, cost, plan_runs
+
+Describe = Callable[[str], dict[str, Any]]
+"""What a machine is, by kind of device: :func:`spattn_olmoe.machine.describe`."""
+
+
+def main(args: argparse.Namespace, describe: Describe) -> None:
+    """Do one target.
+
+    :raises ValueError: arguments that do not fit together, or cannot be honoured.
+    """
+    out = args.out or Path("runs") / "reproduce" / args.scale
+    args.jobs = _jobs(args.jobs, SCALES[args.scale])
+    if args.target in TABLES:
+        _table(args, out, describe)
+    elif args.target == "appendix_a":
+        _appendix_a(args, out, describe)
+    else:
+        figure = masks.figure_1() if args.target == "figure1" else masks.figure_2()
+        _say(str(masks.save(figure, out / f"{args.target}.png")))
+
+
+def _table(args: argparse.Namespace, out: Path, describe: Describe) -> None:
+    scale = SCALES[args.scale]
+    runs = _runs(args, scale, TABLES[args.target], out, _variants(args.variants))
+    if args.dry_run:
+        _print_plan(runs, scale, args.target)
+        return
+    results = _finish(args, scale, runs, args.target, out, describe)
+    for path in report.write(args.target, runs, results, scale, out):
+        _say(str(path))
+
+
+def _appendix_a(args: argparse.Namespace, out: Path, describe: Describe) -> None:
+    scale = SCALES[args.scale]
+    if scale.name != "cpu":
+        raise ValueError(
+            f"appendix_a --scale {scale.name}: the paper's experiment has 4 layers and 8 heads, which is --scale cpu; "
+            "scripts/analyze_heads.py measures the heads of any checkpoint"
+        )
+    if args.variants:
+        raise ValueError(f"--variants {args.variants}: appendix_a has its own ({', '.join(appendix.NAMES)})")
+    runs = _runs(args, scale, TABLES["table3"], out, appendix.NAMES)
+    if args.dry_run:
+        _print_plan(runs, scale, args.target)
+        return
+    _finish(args, scale, runs, "table3", out, describe)
+    for path in appendix.write(appendix.measure(runs, describe(_device())), out):
+        _say(str(path))
+
+
+def _runs(args: argparse.Namespace, scale: Scale, table: Table, out: Path, variants: Sequence[str] | None) -> list[Run]:
+    seeds = scale.seeds if args.seeds is None else args.seeds
+    if seeds < 1:
+        raise ValueError(f"--seeds {seeds}: must be at least 1")
+    return plan_runs(
+        table, scale, seeds=seeds, out=out, config=args.config, overrides=args.overrides, variants=variants
+    )
+
+
+def _finish(
+    args: argparse.Namespace, scale: Scale, runs: list[Run], table: str, out: Path, describe: Describe
+) -> list[dict[str, Any]]:
+    """Bring runs to their end; their results."""
+    check_device(scale)
+    if args.config is None and scale.config is not None:
+        prepare_data(scale, _say)
+    return run_all(runs, scale, table, out=out, jobs=args.jobs, describe=lambda: describe(_device()), say=_say)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _variants(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in VARIANTS:
+            raise ValueError(f"--variants {name}: no such variant (known: {', '.join(VARIANTS)})")
+    return names
+
+
+def _jobs(asked: int | None, scale: Scale) -> int:
+    if asked is None:
+        return 1 if scale.needs_gpu else len(os.sched_getaffinity(0))
+    if asked < 1:
+        raise ValueError(f"--jobs {asked}: must be at least 1")
+    return asked
+
+
+def _print_plan(runs: list[Run], scale: Scale, table: str) -> None:
+    """What would be launched, and what it would cost."""
+    costs = {run.name: cost(run) for run in runs}
+    print(f"# {table} --scale {scale.name}: {len(runs)} runs. {scale.says}\n")
+    data = scale.data.relative_to(CONFIGS.parent)
+    longest = max(c.tokens for c in costs.values())
+    whole = "" if scale.config is not None else f" max_tokens={longest} # one pass of the longest run"
+    print(f"python scripts/prepare_data.py --config {data}{whole}")
+    for run in runs:
+        own = costs[run.name]
+        hours = f", {own.gpu_hours(scale.mfu):,.1f} GPU-hours" if scale.needs_gpu else ""
+        print(f"\n# {run.name}: {own.tokens:,} tokens, {own.flops:.3g} FLOPs{hours}")
+        print(shlex.join(train_command(run, scale)))
+        scores = suite_command(run, scale, table)
+        if scores:
+            print(shlex.join(scores))
+    tokens, flops = sum(c.tokens for c in costs.values()), sum(c.flops for c in costs.values())
+    print(f"\n# in all: {tokens:,} tokens, {flops:.3g} FLOPs", end="")
+    if scale.needs_gpu:
+        total = sum(c.gpu_hours(scale.mfu) for c in costs.values())
+        print(
+            f"; {total:,.1f} GPU-hours at {scale.mfu:.0%} (assumed, not measured) of an H200's "
+            f"{PEAK_FLOPS['H200'] / 1e12:.0f} dense bfloat16 TFLOP/s",
+            end="",
+        )
+    print(". Held-out losses are computed in between; evaluation is not in the figures.")

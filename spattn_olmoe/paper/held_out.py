@@ -1,0 +1,94 @@
+"""What is measured on held-out text once a run is trained."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.loss import HeldOut, summarise, token_losses
+from ..model.checkpoint import Checkpoint
+from ..patterns import Pattern, build_pattern, interval_table
+
+_BATCH = 16
+_DIGITS = 6  # of losses in nats: far below what seeds differ by
+_SHORT = (8, 4, 2)  # prompts of so small a part of the length of training
+SHORTEST = 8
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Held-out losses of a run's newest checkpoint.
+
+    ``held_out``: loss in total and by length of context, with every sequence's own mean. ``short_prompts``: mean loss of
+    every sequence's beginning, with bands that stay as in training and with bands that follow the input's length.
+    ``dead_rows``: the share of (head, query) rows without a key, of whole sequences and of their documents apart.
+    """
+    checkpoint = Checkpoint.open(folder)
+    text = HeldOut.read(checkpoint)
+    losses = token_losses(checkpoint, text, batch_size=_BATCH, quiet=True)
+    rows = summarise(losses)
+    for row in rows:
+        row["sequences"] = [round(x, _DIGITS) for x in row["sequences"]]
+    patterns = [build_pattern(**layer) for layer in checkpoint.layers]
+    return {
+        "attention": list(checkpoint.layers),
+        "held_out": {
+            "ids": hashlib.sha256(np.ascontiguousarray(text.ids).tobytes()).hexdigest(),
+            "sequences": len(text.ids),
+            "length": text.ids.shape[1],
+            "rows": rows,
+        },
+        "short_prompts": _short_prompts(folder, patterns, text, losses),
+        "dead_rows": _dead_rows(patterns[0], text.ids, checkpoint.eos_token_id),
+    }
+
+
+def _short_prompts(folder: Path, patterns: list[Pattern], text: HeldOut, losses: np.ndarray) -> list[dict[str, Any]]:
+    """Losses of the beginnings of sequences; empty where the mask does not depend on the length of the input."""
+    length = text.ids.shape[1]
+    if all(same_mask(pattern, replace(pattern, follows_input=True), length // _SHORT[0]) for pattern in patterns):
+        return []
+    following = Checkpoint.open(folder, follows_input=True)
+    found = []
+    for T in (length // part for part in _SHORT):
+        if T < SHORTEST:
+            continue
+        short = token_losses(following, HeldOut(text.directory, text.ids[:, :T]), batch_size=_BATCH, quiet=True)
+        # With bands as in training a token's loss does not depend on what follows, and has been measured.
+        pair = {"train": losses[:, : T - 1].mean(1), "input": short.mean(1)}
+        found.append({"length": T, **{key: [round(x, _DIGITS) for x in values] for key, values in pair.items()}})
+    return found
+
+
+def same_mask(a: Pattern, b: Pattern, T: int) -> bool:
+    """Whether two patterns allow the same pairs in inputs of ``T`` tokens, whatever those are."""
+    a, b = a.at_length(T), b.at_length(T)
+    if a.follows_content or b.follows_content:
+        return a == b
+    tables = interval_table(a), interval_table(b)
+    if None not in tables:
+        return _clipped(a, T) == _clipped(b, T)
+    return bool((a.dense_mask(T) == b.dense_mask(T)).all())
+
+
+def _clipped(pattern: Pattern, T: int) -> list[list[tuple[int, int]]]:
+    table = interval_table(pattern)
+    assert table is not None
+    return [[(lo, min(hi, T)) for lo, hi in head if lo < min(hi, T)] for head in table]
+
+
+def _dead_rows(pattern: Pattern, ids: np.ndarray, eos: int) -> dict[str, float]:
+    """Shares of dead rows: documents attending one another, and each document by itself."""
+    total = pattern.n_heads * ids.size
+    apart = sum(pattern.dead_rows(T) for row in ids for T in document_lengths(row, eos))
+    return {"sequences": pattern.dead_rows(ids.shape[1]) * len(ids) / total, "documents": apart / total}
+
+
+def document_lengths(ids: np.ndarray, eos: int) -> list[int]:
+    """Lengths of the documents in a sequence; each ends with ``eos``, but for the last where it is cut off."""
+    ends = np.flatnonzero(ids == eos) + 1
+    edges = np.unique(np.concatenate([[0], ends, [len(ids)]]))
+    return np.diff(edges).tolist()

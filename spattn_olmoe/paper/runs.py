@@ -1,0 +1,295 @@
+"""What a table takes: which attention types, on which model, with which seeds.
+
+Tables are those of arXiv 2511.09596. At the paper's scale each has its own models; at a small scale all tables share one
+model, so that a run that two tables need is trained once.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from olmo_core.train.common import DurationUnit
+
+from ..data.config import DataConfig
+from ..data.config import load_config as load_data_config
+from ..model.flops import flops_per_token
+from ..train.config import ExperimentConfig, load_experiment, read_yaml
+from ..train.progress import PEAK_FLOPS
+from ..train.run import check
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "standard": ("attention.type=standard",),
+    "spattention": ("attention.type=spattention", "attention.local_sharing=true"),
+    "exclusive": ("attention.type=spattention", "attention.local_sharing=false"),
+    "sliding_window": ("attention.type=sliding_window",),
+    "eball": ("attention.type=eball",),
+    "gbhalf": ("attention.type=gbhalf",),
+    "longformer": ("attention.type=longformer",),
+    "reformer": ("attention.type=reformer",),
+    "bigbird": ("attention.type=bigbird",),
+    "reformer_lsh": ("attention.type=reformer", "attention.buckets=lsh"),
+    "bigbird_random": ("attention.type=bigbird", "attention.random_links=seeded"),
+}
+"""What is compared, by name. ``spattention`` is the released code's mask, ``exclusive`` the one of the paper's Eq. 4;
+``reformer`` and ``bigbird`` are the released code's stand-ins, ``reformer_lsh`` and ``bigbird_random`` the methods."""
+
+REFERENCE = "spattention"
+"""The variant that the others are compared with."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the paper.
+
+    :param models: its models at the paper's scale.
+    :param rows: variant and the row of the paper's table that it stands for, by model where the table has several.
+    :param extra: variants that the paper's table does not have.
+    """
+
+    models: tuple[str, ...]
+    rows: tuple[tuple[str, str], ...]
+    extra: tuple[str, ...] = ()
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([*(variant for variant, _ in self.rows), *self.extra]))
+
+
+TABLES = {
+    "table1": Table(
+        ("0p25b1p75b", "1b7b"),
+        (
+            ("standard", "0.25B-1.75B Standard Attention"),
+            ("spattention", "0.25B-1.75B SPAttention"),
+            ("standard", "1B-7B Standard Attention"),
+            ("spattention", "1B-7B SPAttention"),
+        ),
+    ),
+    "table2": Table(
+        ("table2",),
+        (
+            ("longformer", "Longformer"),
+            ("reformer", "Reformer"),
+            ("bigbird", "BigBird"),
+            ("standard", "Standard"),
+            ("spattention", "SPAttention"),
+        ),
+        extra=("reformer_lsh", "bigbird_random"),
+    ),
+    "table3": Table(
+        ("0p25b1p75b",),
+        (
+            ("gbhalf", "GBHALF"),
+            ("eball", "EBALL"),
+            ("sliding_window", "Sliding Window"),
+            ("spattention", "SPAttention"),
+        ),
+        extra=("standard", "exclusive"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a reproduction is.
+
+    :param seeds: runs of each variant, unless asked otherwise.
+    :param config: the config of its one model; None for the paper's own models.
+    :param data: the data config; the runs' text.
+    :param suite: the lm-eval suite of each table ("table": the table's own); None where scores would be chance.
+    :param suite_limit: the first so many questions of each task.
+    :param needs_gpu: whether it can be launched without one.
+    :param mfu: model FLOPs utilisation that GPU-hours are reckoned with: an assumption.
+    :param says: what this scale can and cannot show.
+    """
+
+    name: str
+    seeds: int
+    config: Path | None
+    data: Path
+    suite: str | None
+    suite_limit: int | None
+    needs_gpu: bool
+    mfu: float
+    says: str
+
+
+SCALES = {
+    "paper": Scale(
+        "paper",
+        seeds=1,
+        config=None,
+        data=CONFIGS / "data" / "dclm.yaml",
+        suite="table",
+        suite_limit=None,
+        needs_gpu=True,
+        mfu=0.25,
+        says="The paper's models and tasks. The paper prints neither its number of steps nor its seeds; the configs say which "
+        "values are assumptions.",
+    ),
+    "gpu": Scale(
+        "gpu",
+        seeds=3,
+        config=CONFIGS / "reproduce" / "gpu.yaml",
+        data=CONFIGS / "data" / "reproduce_gpu.yaml",
+        suite="core",
+        suite_limit=500,
+        needs_gpu=True,
+        mfu=0.10,
+        says="Can show: whether types differ in held-out loss on web text after 52 M tokens, at which distances, and how much "
+        "seeds matter. Cannot show: the paper's task scores, which such a model answers at chance but for the easiest tasks, "
+        "and what thousands of times more training does.",
+    ),
+    "cpu": Scale(
+        "cpu",
+        seeds=3,
+        config=CONFIGS / "reproduce" / "cpu.yaml",
+        data=CONFIGS / "data" / "reproduce_cpu.yaml",
+        suite=None,
+        suite_limit=None,
+        needs_gpu=False,
+        mfu=1.0,
+        says="Can show: whether types differ in held-out loss in the first 0.6 M tokens of training a model of 2 M parameters "
+        "on Python's documentation, at which distances, and how much seeds matter. Cannot show: the paper's task scores (such "
+        "a model answers all of them at chance, so none is computed), what web text and long training do, nor speed on a GPU. "
+        "An order of types here is an order here.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    :param seed: counted from 0; added to the config's seeds of weights and of data order, so 0 is the config itself.
+    :param overrides: everything that the command line adds to ``config``, save folder included.
+    :param key: names what training depends on, see :func:`config_key`: equal keys are the same run.
+    """
+
+    model: str
+    variant: str
+    seed: int
+    config: Path
+    overrides: tuple[str, ...]
+    folder: Path
+    key: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.variant}-seed{self.seed}"
+
+    def experiment(self) -> ExperimentConfig:
+        """The run's config, checked."""
+        config = load_experiment(self.config, self.overrides)
+        check(config)
+        return config
+
+
+def plan_runs(
+    table: Table,
+    scale: Scale,
+    *,
+    seeds: int,
+    out: Path,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+    variants: Sequence[str] | None = None,
+) -> list[Run]:
+    """All runs of a table, seed by seed, so that a comparison stands as early as possible.
+
+    :param config: another model than the scale's.
+    :param overrides: ``key=value`` for all runs.
+    :param variants: other variants than the table's.
+    :raises OLMoConfigurationError: a config that does not exist or a key that is wrong.
+    """
+    runs = []
+    own = config or scale.config
+    for model in [own.stem] if own else table.models:
+        for seed in range(seeds):
+            for variant in variants or table.variants:
+                path = own or _paper_config(model, variant)
+                runs.append(_run(model, variant, seed, path, overrides, out))
+    return runs
+
+
+def _paper_config(model: str, variant: str) -> Path:
+    (name,) = (item.removeprefix("attention.type=") for item in VARIANTS[variant] if item.startswith("attention.type="))
+    name = {"spattention": "spattn"}.get(name, name)
+    return CONFIGS / f"{model}_{name}.yaml"
+
+
+def _run(model: str, variant: str, seed: int, config: Path, overrides: Sequence[str], out: Path) -> Run:
+    weights, order = _first_seeds(config, tuple(overrides))
+    wanted = [
+        *VARIANTS[variant],
+        *overrides,
+        f"init_seed={weights + seed}",
+        f"data_loader.seed={order + seed}",
+        "trainer.callbacks.start_record._CLASS_=spattn_olmoe.paper.start.StartRecord",
+    ]
+    key = config_key(read_yaml(config, wanted))
+    folder = out / "runs" / f"{model}-{variant}-seed{seed}-{key}"
+    return Run(model, variant, seed, config, (*wanted, f"trainer.save_folder={folder}"), folder, key)
+
+
+@functools.cache
+def _first_seeds(config: Path, overrides: tuple[str, ...]) -> tuple[int, int]:
+    """The seeds of weights and of data order that a config states."""
+    plain = read_yaml(config, overrides)
+    return plain["init_seed"], plain["data_loader"]["seed"]
+
+
+def config_key(resolved: dict[str, Any]) -> str:
+    """Twelve hex digits that name what training depends on: a resolved config without its folders and callbacks."""
+    plain = json.loads(json.dumps(resolved))
+    outside = ("trainer", "save_folder"), ("trainer", "callbacks"), ("dataset", "work_dir"), ("data_loader", "work_dir")
+    for section, key in outside:
+        plain[section].pop(key, None)
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def steps_of(config: ExperimentConfig) -> int:
+    """Optimiser steps of a run.
+
+    :raises ValueError: its length is not stated in steps.
+    """
+    duration = config.trainer.max_duration
+    if duration.unit != DurationUnit.steps:
+        raise ValueError(
+            f"trainer.max_duration.unit={duration.unit}: a reproduction needs the same number of steps: use steps"
+        )
+    return duration.value
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Tokens and floating-point operations of a run."""
+
+    tokens: int
+    flops: float
+
+    def gpu_hours(self, mfu: float, gpu: str = "H200") -> float:
+        """Hours on one GPU at a share of its dense bfloat16 peak."""
+        return self.flops / (PEAK_FLOPS[gpu] * mfu) / 3600
+
+
+def cost(run: Run) -> Cost:
+    """What a run costs, by :func:`spattn_olmoe.model.flops.flops_per_token`."""
+    config = run.experiment()
+    tokens = steps_of(config) * config.data_loader.global_batch_size
+    model = config.model_with_attention().build(init_device="meta")
+    return Cost(tokens, float(tokens) * flops_per_token(model, config.sequence_length).total)
+
+
+def data_config(scale: Scale) -> DataConfig:
+    """The data that a scale's runs read."""
+    return load_data_config(scale.data)

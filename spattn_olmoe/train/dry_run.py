@@ -1,0 +1,99 @@
+"""What a run would be, before it costs anything: the ``--dry-run`` of ``scripts/train.py``."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+
+import yaml
+from olmo_core.train.common import DurationUnit
+from rich.console import Console
+from rich.table import Table
+
+from ..model.flops import flops_per_token
+from ..model.section import layer_patterns
+from ..patterns import Pattern, causal_pairs
+from ..patterns.head_order import imbalance
+from .config import ExperimentConfig
+
+
+def dry_run(config: ExperimentConfig, console: Console | None = None) -> None:
+    """Print the resolved config and what it computes. Builds the model on the meta device only."""
+    console = console or Console()
+    plain = json.loads(json.dumps(config.as_config_dict()))  # enums become the text they stand for
+    console.print(yaml.safe_dump(plain, sort_keys=False), markup=False, highlight=False, soft_wrap=True)
+    model = config.model_with_attention()
+    patterns = list(layer_patterns(model))
+    console.print(run_table(config))
+    console.print(
+        attention_table(patterns, config.sequence_length, config.plan().ignored, ranks=config.ranks_per_layer)
+    )
+
+
+def run_table(config: ExperimentConfig) -> Table:
+    """Parameters, FLOPs and tokens of a run."""
+    model = config.model_with_attention()
+    T = config.sequence_length
+    flops = flops_per_token(model.build(init_device="meta"), T)
+    table = Table("", "", title=config.name, show_header=False, min_width=100)
+    table.add_row("parameters", f"{model.num_params:,} ({short(model.num_params)})")
+    table.add_row("active parameters", f"{model.num_active_params:,} ({short(model.num_active_params)})")
+    table.add_row("FLOPs per token", f"{flops.total:,} (as if attention were dense: {flops.dense:,})")
+    table.add_row(
+        "attention's share of them",
+        f"{flops.attention / flops.total:.1%}, projections not counted (dense: "
+        f"{(flops.dense - flops.total + flops.attention) / flops.dense:.1%})",
+    )
+    table.add_row("tokens", tokens(config))
+    table.add_row("save folder", config.trainer.save_folder)
+    return table
+
+
+def attention_table(patterns: list[Pattern], T: int, ignored: tuple[str, ...], *, ranks: int = 1) -> Table:
+    """Each attention pattern of a model: options, attended pairs and dead rows for inputs of ``T`` tokens.
+
+    :param ranks: how many ranks share the heads of a layer.
+    """
+    kinds = Counter(patterns)
+    table = Table("attention", *(pattern.name for pattern in kinds), min_width=100)
+    dense = {pattern: pattern.n_heads * causal_pairs(T) for pattern in kinds}
+    rows: dict[str, Callable[[Pattern], str]] = {
+        "layers": lambda p: str(kinds[p]),
+        "options": lambda p: ", ".join(f"{key}={value}" for key, value in p.options.items()),
+        "band length N": lambda p: f"{p.band_length:,}",
+        f"attended pairs at T={T:,}": lambda p: (
+            f"{p.attended_pairs(T):,} of {dense[p]:,} ({p.attended_pairs(T) / dense[p]:.2%})"
+            + (" expected of random content, at most all: FLOPs are computed from it" if p.follows_content else "")
+        ),
+        "dead rows": lambda p: f"{p.dead_rows(T):,} of {p.n_heads * T:,} ({p.dead_rows(T) / (p.n_heads * T):.2%})",
+    }
+    if ranks > 1:
+        rows[f"busiest of {ranks} ranks"] = lambda p: (
+            f"{imbalance(p.attended_pairs_per_head(T), ranks):.3f} times the mean of their pairs"
+        )
+    for name, value in rows.items():
+        table.add_row(name, *(value(pattern) for pattern in kinds))
+    table.caption = (
+        f"{patterns[0].n_heads} heads a layer. A dead row is a (head, query) without any key: its output is zero. "
+        "Documents are not considered." + (f" Not read by this type: {', '.join(ignored)}." if ignored else "")
+    )
+    return table
+
+
+def tokens(config: ExperimentConfig) -> str:
+    """The length of a run in words."""
+    duration, batch = config.trainer.max_duration, config.data_loader.global_batch_size
+    if duration.unit == DurationUnit.steps:
+        return f"{duration.value:,} steps x {batch:,} = {short(duration.value * batch)}"
+    if duration.unit == DurationUnit.tokens:
+        return f"{short(duration.value)} in steps of {batch:,}"
+    return f"{duration.value} epochs in steps of {batch:,}"
+
+
+def short(n: int) -> str:
+    """A count in words: 6.92 B."""
+    for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if n >= factor:
+            return f"{n / factor:.2f} {unit}"
+    return str(n)

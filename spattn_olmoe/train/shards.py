@@ -1,0 +1,158 @@
+"""A run's token shards: the files, whether they are there and what the config says, and whether they are unchanged."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+from olmo_core.data import NumpyDatasetConfig
+from olmo_core.distributed.utils import broadcast_object, get_rank
+from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.io import is_url
+
+from ..data.errors import DataError
+from ..data.manifest import Manifest, verify, verify_shard
+from ..data.writer import Shard
+from ..model.fingerprint import FILE_NAME as FINGERPRINT_FILE
+from ..model.generation import TOKENIZER_FILE
+from ..ranks import first_problem
+from .config import ExperimentConfig
+from .evaluators import held_out_datasets
+
+log = logging.getLogger(__name__)
+
+DATA_FILE = "data.json"
+
+
+def data_files(dataset: NumpyDatasetConfig, key: str = "dataset") -> list[str]:
+    """The files of a dataset, patterns expanded.
+
+    :param key: where the dataset stands in the config.
+    :raises OLMoConfigurationError: there are none.
+    """
+    if not dataset.paths:
+        if dataset.mix is not None or getattr(dataset, "source_mixture_config", None) is not None:
+            return []
+        raise OLMoConfigurationError(
+            f"{key}.paths is not set: name the token shards, such as {key}.paths=[data/dclm/train-*.bin]; "
+            "scripts/prepare_data.py makes them"
+        )
+    files: list[str] = []
+    for path in dataset.paths:
+        if is_url(path):
+            files.append(path)
+            continue
+        found = sorted(glob.glob(path)) if dataset.expand_glob else [path] if Path(path).is_file() else []
+        if not found:
+            without = "" if key == "dataset" else f"; or set {key.rpartition('.')[0]}.enabled=false"
+            raise OLMoConfigurationError(
+                f"{key}.paths: {path} does not exist; scripts/prepare_data.py makes token shards{without}"
+            )
+        files += found
+    return files
+
+
+def tokenizer_file(config: ExperimentConfig) -> dict[str, str]:
+    """The tokenizer that the data's manifest names, by the name under which checkpoints carry it; empty without one."""
+    folders = _folders(data_files(config.dataset))
+    if not folders:
+        return {}
+    return {TOKENIZER_FILE: Manifest.load(folders[0]).tokenizer_path.read_text(encoding="utf-8")}
+
+
+def _folders(files: list[str]) -> list[Path]:
+    """The local folders that hold data files, each with its manifest."""
+    return sorted({Path(file).parent for file in files if not is_url(file)})
+
+
+def check_data(config: ExperimentConfig) -> None:
+    """Raise unless the data, held-out data too, are there and are what the config says, as far as sizes and a few ids tell."""
+    T = config.sequence_length
+    verified: set[Path] = set()
+    for key, dataset, length in [
+        ("dataset", config.dataset, T),
+        *((key, dataset, None) for key, dataset in held_out_datasets(config.trainer)),
+    ]:
+        for folder in _folders(data_files(dataset, key)):
+            if folder in verified and dataset.tokenizer == config.dataset.tokenizer:
+                continue
+            verify(
+                folder,
+                vocab_size=dataset.tokenizer.vocab_size,
+                eos_token_id=dataset.tokenizer.eos_token_id,
+                dtype=np.dtype(dataset.get_dtype()).name,
+                sequence_length=length,
+            )
+            verified.add(folder)
+
+
+def shard_hashes(config: ExperimentConfig) -> list[list[str]]:
+    """Name and SHA-256 of a run's data files, in order, as their manifests say; every checkpoint carries them."""
+    files = data_files(config.dataset)
+    known = stated_hashes(files)
+    paths = [Path(file) for file in files if not is_url(file)]
+    return [[path.name, known.get(path, "unknown to the manifest")] for path in paths]
+
+
+def stated_hashes(files: list[str]) -> dict[Path, str]:
+    """SHA-256 of all shards beside local data files, as their manifests say."""
+    return {folder / shard.path: shard.sha256 for folder in _folders(files) for shard in Manifest.load(folder).shards}
+
+
+def verify_shards(config: ExperimentConfig, checkpoint: str | None, *, everything: bool) -> None:
+    """Compare shards with their SHA-256, the work shared by all ranks, which call it together.
+
+    :param checkpoint: read the shards that have changed since it was saved: a replaced file need not have another size.
+    :param everything: read all of them.
+    :raises OLMoConfigurationError: one differs.
+    """
+    # One rank looks: all must have the same list, and thousands need not ask for the same times.
+    shards = broadcast_object(_to_verify(config, checkpoint, everything) if get_rank() == 0 else [])
+    if shards:
+        log.info("Comparing %d data shards with their SHA-256...", len(shards))
+    if problem := first_problem(shards, _shard_problem):
+        raise OLMoConfigurationError(problem)
+
+
+def _to_verify(config: ExperimentConfig, checkpoint: str | None, everything: bool) -> list[tuple[Manifest, Shard]]:
+    since = Path(checkpoint, FINGERPRINT_FILE) if checkpoint is not None and not is_url(checkpoint) else None
+    saved = since.stat().st_ctime if since is not None and since.exists() else None
+    datasets = {"dataset": config.dataset, **dict(held_out_datasets(config.trainer))}
+    files = [file for key, dataset in datasets.items() for file in data_files(dataset, key)]
+    return [
+        (manifest, shard)
+        for manifest in map(Manifest.load, _folders(files))
+        for shard in manifest.shards
+        if everything or (saved is not None and (manifest.directory / shard.path).stat().st_ctime > saved)
+    ]
+
+
+def _shard_problem(item: tuple[Manifest, Shard]) -> str | None:
+    try:
+        verify_shard(*item)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def check_same_data(config: ExperimentConfig, checkpoint: str) -> None:
+    """Raise unless a checkpoint was trained on the shards that this run reads."""
+    path = Path(checkpoint, DATA_FILE)
+    if getattr(config.data_loader, "ignore_fingerprint_mismatch", False) or not path.exists():
+        return
+    there, here = json.loads(path.read_bytes()), shard_hashes(config)
+    if there == here:
+        return
+    before, now = next(pair for pair in zip_longest(there, here) if pair[0] != pair[1])
+    raise OLMoConfigurationError(
+        f"dataset.paths: checkpoint {checkpoint} was trained on {_named(before)} where there is {_named(now)} now: restore the "
+        "data, or set data_loader.ignore_fingerprint_mismatch=true to go on with other text"
+    )
+
+
+def _named(shard: list[str] | None) -> str:
+    return f"{shard[0]} (SHA-256 {shard[1]})" if shard is not None else "nothing"

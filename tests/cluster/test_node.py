@@ -1,0 +1,85 @@
+"""The checks of a machine on this machine, alone and as a job of two processes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spattn_olmoe.cluster import FAIL, OK, WARN, Row, check_node, merge
+from spattn_olmoe.cluster.node import checkpoints_kept
+from spattn_olmoe.train import load_experiment
+from tests.conftest import ROOT, training_environment
+
+
+def rows(config: Path, *overrides: str) -> dict[str, Row]:
+    return {row.name: row for row in check_node(load_experiment(config, overrides), 1, 1)}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_sound_machine_passes_and_is_left_as_it_was(tiny_yaml: Path, here: Path):
+    found = rows(tiny_yaml)
+    assert not [row for row in found.values() if row.status == FAIL]
+    assert found["OLMo-core"].status == found["data"].status == found["disk space"].status == OK
+    assert "1 files" in found["data"].found
+    assert not list(here.iterdir())
+
+
+BAD = {
+    "no data": (["dataset.paths=[nowhere/*.bin]"], "data", "nowhere"),
+    "another vocabulary": (["dataset.tokenizer.vocab_size=500"], "data", "512"),
+    "a disk too small": (
+        ["model.block.feed_forward_moe.hidden_size=1000000000"],
+        "disk space",
+        "checkpoints of",
+    ),
+    "a folder that cannot be": (["trainer.save_folder=/proc/runs"], "save folder", "/proc"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_would_end_a_run_fails_and_names_a_remedy(what: str, tiny_yaml: Path, here: Path):
+    overrides, name, words = BAD[what]
+    row = rows(tiny_yaml, *overrides)[name]
+    assert row.status == FAIL and words in row.found and row.remedy
+
+
+def test_wandb_never_fails(tiny_yaml: Path, here: Path, monkeypatch: pytest.MonkeyPatch):
+    on = "trainer.callbacks.wandb.enabled=true"
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert "not set" in rows(tiny_yaml, on)["wandb"].found
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:9")  # the port that discards; nobody listens
+    row = rows(tiny_yaml, on)["wandb"]
+    assert row.status == WARN and "localhost cannot be reached" in row.found
+
+
+def test_checkpoints_are_counted(tiny_yaml: Path):
+    large = ROOT / "configs/1b7b_spattn.yaml"
+    assert checkpoints_kept(load_experiment(large)) == 27  # every 1000 of 25,000 steps, the last, an ephemeral one
+    assert checkpoints_kept(load_experiment(large, ["trainer.callbacks.checkpointer.max_checkpoints=3"])) == 4
+
+
+def test_machines_that_differ_are_named():
+    same, mine, other = Row("Python", OK, "3.11"), Row("GPU", OK, "8 x A"), Row("GPU", FAIL, "7 x A", "look")
+    merged = merge([("one", [same, mine]), ("two", [same, mine]), ("three", [same, other])])
+    assert merged == [same, Row("GPU", OK, "one, two: 8 x A"), Row("GPU", FAIL, "three: 7 x A", "look")]
+
+
+def test_a_job_of_two_processes_prints_one_table_and_fails_as_one(tiny_yaml: Path, here: Path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, str(ROOT / "scripts/check_env.py"), "--config", str(tiny_yaml), "dataset.paths=[nowhere]"]
+    done = subprocess.run(command, cwd=here, env=training_environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert done.stdout.count("┃ check") == 1
+    assert re.search(r"all-reduce +│ ok +│ gloo over 2 processes", done.stdout)
+    assert re.search(r"clock skew +│ ok", done.stdout)
+    assert re.search(r"data +│ fail", done.stdout) and re.search(r"layout +│ ok +│ fits 2 processes", done.stdout)

@@ -1,0 +1,97 @@
+"""Plans: layouts that train, in the words that start them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spattn_olmoe import build_pattern
+from spattn_olmoe.cluster import Layout, memory, plan
+from spattn_olmoe.cluster.machines import GPUS, assumed
+from spattn_olmoe.cluster.speed import TILE, tile_pairs
+from spattn_olmoe.train import load_experiment
+from spattn_olmoe.train.run import check, check_layout
+from tests.conftest import ROOT, training_environment
+
+LARGE = ROOT / "configs/1b7b_spattn.yaml"
+
+
+@pytest.mark.parametrize(("gpus", "gpu"), [(4, "b200"), (16, "h100"), (64, "a100"), (1024, "h200"), (16384, "b200")])
+def test_the_overrides_give_a_layout_that_trains_and_fits(gpus: int, gpu: str):
+    found = plan(load_experiment(LARGE), gpus, gpu)
+    config = load_experiment(LARGE, found.overrides)
+    check(config)
+    check_layout(config, gpus)
+    layout = Layout.of(config, gpus)
+    assert layout == found.best.layout
+    assert memory(config, layout).peak == found.best.memory.peak <= GPUS[gpu].memory * assumed("memory")
+    assert found.best.speed.tokens_per_second >= 0.97 * max(c.speed.tokens_per_second for c in found.fitting)
+    assert 0 < found.best.speed.mfu < 0.6
+    assert found.tokens == 25000 * 4194304
+
+
+def test_every_fitting_layout_is_written_and_read_alike():
+    config = load_experiment(LARGE)
+    kinds = {c.layout.overrides(config)[1] + str(c.layout): c.layout for c in plan(config, 16, "h200").fitting}
+    assert any(layout.expert > 1 for layout in kinds.values()) and any(layout.recomputed for layout in kinds.values())
+    for layout in list(kinds.values())[::5]:
+        assert Layout.of(load_experiment(LARGE, layout.overrides(config)), 16) == layout
+        assert Layout.of(layout.apply(config), 16) == layout
+
+
+def test_a_layout_of_the_config_is_taken_back_where_another_is_chosen():
+    config = load_experiment(LARGE, ["train_module.tp_config.degree=8"])
+    found = plan(config, 16, "h200")
+    assert "train_module.tp_config=null" in found.overrides
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gpu", "words"),
+    [
+        (24, "h100", ["--gpus 24", "1024 sequences", "16 GPUs", "global_batch_size=4227072"]),
+        (1, "h100", ["--gpus 1", "no layout fits", "of the 72.0 GB", "more GPUs"]),
+        (0, "h100", ["--gpus 0", "at least 1"]),
+        (8, "v100", ["--gpu v100", "h100, h200, a100, b200"]),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line_with_a_remedy(gpus: int, gpu: str, words: list[str]):
+    with pytest.raises(ValueError) as caught:
+        plan(load_experiment(LARGE), gpus, gpu)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@given(
+    kind=st.sampled_from(["standard", "spattention", "sliding_window", "gbhalf"]),
+    heads=st.integers(1, 8),
+    T=st.integers(1, 600),
+)
+@settings(max_examples=40, deadline=None)
+def test_tiles_are_those_that_hold_an_attended_pair(kind: str, heads: int, T: int):
+    """Against the mask itself. Tiles of keys start at the first key that a tile of queries attends."""
+    pattern = build_pattern(kind, n_heads=heads, band_length=max(T, heads))
+    rows, columns = TILE
+    total = 0
+    for head in pattern.dense_mask(T).numpy():
+        for first in range(0, T, rows):
+            attended = head[first : first + rows].any(0).nonzero()[0]
+            if len(attended):
+                total += rows * columns * -(-(attended[-1] - attended[0] + 1) // columns)
+    assert tile_pairs(pattern, T) == total
+
+
+def test_the_command_prints_the_plan_and_the_command_that_starts_it():
+    command = [sys.executable, str(ROOT / "scripts/plan.py"), "--config", str(LARGE), "--gpus", "16", "--gpu", "h100"]
+    done = subprocess.run(command, env=training_environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.rstrip().splitlines()[-1]
+    assert last.startswith("torchrun --nnodes=2 --nproc_per_node=8") and str(LARGE) in last
+    overrides = last.split(str(LARGE))[1].split()
+    check_layout(load_experiment(LARGE, overrides), 16)
+    for words in ("6,919,161,856", "7,215,698,688", "83.0 GB", "days"):
+        assert words in done.stdout

@@ -1,0 +1,64 @@
+"""Trains the tiny model once per entry of a list of runs, all in one process group; what they measured out.
+
+torchrun parallel_worker.py RUNS.json OUT.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import olmo_core.distributed.parallel as parallel
+from olmo_core.distributed.utils import get_rank, get_world_size
+from olmo_core.train import Trainer, prepare_training_environment, teardown_training_environment
+
+from spattn_olmoe.model import PatternAttention, apply_remedies
+from spattn_olmoe.train import load_experiment
+from spattn_olmoe.train.progress import read_metrics
+from spattn_olmoe.train.run import build_trainer, check, check_layout, check_resume, checkpoint_to_load
+from spattn_olmoe.train.shards import check_data
+
+METRICS = ("train/CE loss", "optim/total grad norm", "train/load balancing loss")
+
+
+def forget_head_offsets(trainer: Trainer) -> None:
+    """Make every rank take its heads for the first ones of the model."""
+    for module in trainer.train_module.model.modules():
+        if isinstance(module, PatternAttention):
+            backend = module.backend
+            backend.head_offset = 0
+            if backend.cp_enabled:  # the offset that the exchange of heads adds, taken away again
+                group = backend.cp_pg
+                backend.head_offset = -group.rank() * (module.n_heads // group.size())
+
+
+def train(base: str, overrides: list[str], forget: bool) -> list[list[float]]:
+    parallel._WORLD_MESH = None  # OLMo-core allows one mesh a process; here each run has its own
+    config = load_experiment(base, overrides)
+    check(config)
+    check_layout(config, get_world_size())
+    check_data(config)
+    config = check_resume(config, checkpoint_to_load(config))
+    trainer = build_trainer(config)
+    if forget:
+        forget_head_offsets(trainer)
+    trainer.fit()
+    metrics = read_metrics(config.trainer.save_folder)
+    return [[values[key] for key in METRICS] for values in metrics.values() if METRICS[0] in values]
+
+
+def main() -> None:
+    runs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    apply_remedies()
+    prepare_training_environment(seed=0, backend="gloo")
+    curves = {}
+    for run in runs:
+        curves[run["name"]] = train(run["base"], run["overrides"], run.get("forget", False))
+        if get_rank() == 0:
+            out.write_text(json.dumps(curves))
+    teardown_training_environment()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Training as its user runs it: real processes, real checkpoints, real kills."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import run_training, training_command, training_environment
+
+LOSS = "train/CE loss"
+
+
+def losses(run: Path) -> dict[int, float]:
+    from spattn_olmoe.train.progress import read_metrics
+
+    return {step: metrics[LOSS] for step, metrics in read_metrics(run).items() if LOSS in metrics}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was never interrupted."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    done = run_training(tiny_yaml, "attention.type=spattention", cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "runs/tiny-spattention"
+
+
+def test_a_run_logs_learns_and_checkpoints(unbroken: Path):
+    curve = losses(unbroken)
+    assert list(curve) == list(range(1, 13))
+    assert curve[12] < curve[1]
+    assert {"step8", "step12"} <= {p.name for p in unbroken.glob("step*")}
+    for name in ("config.json", "attention.json", "tokenizer.json", ".metadata.json"):
+        assert (unbroken / "step12" / name).is_file(), name
+    mixer = json.loads((unbroken / "step12/config.json").read_text())["model"]["block"]["sequence_mixer"]
+    assert (mixer["pattern"], mixer["band_length"]) == ("spattention", 32)
+    assert mixer["pattern_options"]["local_sharing"] is True
+
+
+@pytest.mark.parametrize("after_step", [5, 9])
+def test_killed_and_started_again_it_is_the_same_run(tiny_yaml: Path, unbroken: Path, tmp_path: Path, after_step: int):
+    command = training_command(tiny_yaml, "attention.type=spattention")
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=training_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    run = tmp_path / "runs/tiny-spattention"
+    deadline = time.monotonic() + 240
+    # The step's checkpoint or a later one is complete once its last file is there.
+    while not any((run / f"step{step}/.metadata.json").exists() for step in range(after_step - after_step % 4, 13, 4)):
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = run_training(tiny_yaml, "attention.type=spattention", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "Loading checkpoint from" in again.stdout + again.stderr
+    assert losses(run) == losses(unbroken)
+
+
+def test_sigterm_saves_and_the_next_start_goes_on(tiny_yaml: Path, unbroken: Path, tmp_path: Path):
+    command = training_command(
+        tiny_yaml, "attention.type=spattention", "trainer.callbacks.checkpointer.ephemeral_save_interval=null"
+    )
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=training_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    run = tmp_path / "runs/tiny-spattention"
+    deadline = time.monotonic() + 240
+    while not ((run / "metrics.jsonl").exists() and losses(run)):
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be stopped"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    again = run_training(tiny_yaml, "attention.type=spattention", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert losses(run) == losses(unbroken)
+
+
+def test_another_attention_type_is_refused_on_resume_and_allowed_when_asked(
+    tiny_yaml: Path, unbroken: Path, tmp_path: Path
+):
+    other = (f"trainer.save_folder={unbroken}", "attention.type=eball", "trainer.max_duration.value=13")
+    refused = run_training(tiny_yaml, *other, cwd=tmp_path)
+    assert refused.returncode == 2
+    message = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert len(message) == 1 and "allow_attention_change=true" in message[0] and "Traceback" not in refused.stderr
+    allowed = run_training(
+        tiny_yaml,
+        "attention.type=eball",
+        f"trainer.load_path={unbroken}/step12",
+        "allow_attention_change=true",
+        "trainer.max_duration.value=13",
+        cwd=tmp_path,
+    )
+    assert allowed.returncode == 0, allowed.stderr[-3000:]
+    assert list(losses(tmp_path / "runs/tiny-eball")) == [13]
+
+
+BAD = {
+    "unknown key": (["model.n_layer=2"], "n_layers"),
+    "unknown option": (["attention.local_sharin=true"], "local_sharing"),
+    "unknown attention type": (["attention.type=spatention"], "spattention"),
+    "heads that do not divide d_model": (["model.block.sequence_mixer.n_heads=5"], "d_model"),
+    "missing data": (["dataset.paths=[nowhere/train-*.bin]"], "nowhere"),
+    "vocabulary beyond the model's": (["model.vocab_size=256"], "vocab_size"),
+    "data of another tokenizer": (["dataset.tokenizer.vocab_size=500"], "512"),
+    "sequence longer than the data": (
+        [
+            "dataset.sequence_length=1048576",
+            "data_loader.global_batch_size=1048576",
+            "train_module.rank_microbatch_size=1048576",
+        ],
+        "sequence_length",
+    ),
+    "dropout": (["model.block.sequence_mixer.dropout=0.1"], "dropout"),
+    "layout beyond the ranks": (["train_module.tp_config.degree=2"], "tp_config"),
+    "a config that is not there": (None, "does not exist"),
+    "not key=value": (["attention.type"], "key=value"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_gets_one_line_and_exit_code_2(
+    what: str,
+    tiny_yaml: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    overrides, needle = BAD[what]
+    config = tiny_yaml if overrides is not None else tmp_path / "absent.yaml"
+    command = training_command(config, *(overrides or []))
+    monkeypatch.setattr(sys, "argv", command[1:])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(command[1], run_name="__main__")
+    assert stopped.value.code == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1 and err.startswith("error: ") and needle in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_under_torchrun(tiny_yaml: Path, tmp_path: Path):
+    command = training_command(tiny_yaml, "train_module.dp_config=null")
+    launcher = [command[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        launcher + command[1:], cwd=tmp_path, env=training_environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "train_module.dp_config" in errors[0]
