@@ -1,13 +1,20 @@
-"""What the command lines share."""
+"""How a user's error is reported: as one line, with the nearest known word where a word is unknown."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the known word nearest to this one, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..patterns.registry import nearest
+from ..errors import nearest
 
 _OPTIONS = ("offline", "follows_input", "max_length", "tokenizer", "device")
 _TRUE_OR_FALSE = ("offline", "follows_input")

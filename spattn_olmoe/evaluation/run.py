@@ -18,8 +18,8 @@ import torch
 from lm_eval.tasks import TaskManager
 from olmo_core.distributed.utils import get_rank, get_world_size
 
+from ..errors import nearest
 from ..files import replace_file
-from ..patterns.registry import nearest
 from . import offline
 from .model import SPAttnLM
 from .suites import Column, Suite

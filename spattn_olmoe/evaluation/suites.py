@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..patterns.registry import nearest
+from ..errors import nearest
 
 FULL_SIZE = {
     "winogrande": 1267,

@@ -11,9 +11,9 @@ from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention import AttentionConfig
 from olmo_core.nn.transformer import TransformerBlockConfig, TransformerConfig
 
+from ..errors import nearest
 from ..patterns import Pattern, available_patterns, build_pattern, pattern_options
 from ..patterns.head_order import BALANCED, NATURAL
-from ..patterns.registry import nearest
 from .mixer import PatternAttentionConfig
 
 BASELINE = "standard"

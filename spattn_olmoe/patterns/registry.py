@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
+from ..errors import nearest
 from .base import Pattern
 from .head_order import BALANCED, NATURAL, balanced_order
 
@@ -33,12 +33,6 @@ def register_pattern(name: str) -> Callable[[P], P]:
 def available_patterns() -> tuple[str, ...]:
     """The names that :func:`build_pattern` takes, sorted."""
     return tuple(sorted(_REGISTRY))
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the known word nearest to this one, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def pattern_class(name: str) -> type[Pattern]:

@@ -27,8 +27,8 @@ from olmo_core.train.train_module import TransformerTrainModuleConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..errors import nearest
 from ..model.section import AttentionPlan, attach, plan_attention
-from ..patterns.registry import nearest
 
 
 @dataclass

@@ -12,8 +12,8 @@ from olmo_core.train import Trainer, TrainerConfig
 from olmo_core.train.callbacks import DownstreamEvaluatorCallbackConfig, EvaluatorCallback, LMEvaluatorCallbackConfig
 from olmo_core.train.train_module import TransformerTrainModuleConfig
 
+from ..errors import nearest
 from ..patterns import Pattern
-from ..patterns.registry import nearest
 
 
 def held_out_datasets(trainer: TrainerConfig) -> Iterator[tuple[str, NumpyDatasetConfig]]:
