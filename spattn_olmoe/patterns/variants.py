@@ -1,0 +1,108 @@
+"""The named masks, each once: what a word stands for in benchmarks, reports, pictures and tests.
+
+A named mask is an attention type with options. ``spattention`` is the type of two masks, so it names neither of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ..errors import nearest
+from .base import Pattern
+from .registry import available_patterns, build_pattern, pattern_class, pattern_options
+
+
+class Variant(NamedTuple):
+    """A named mask.
+
+    :param name: what a table prints, and what command lines take.
+    :param type: ``attention.type``.
+    :param options: what the type has to be told for this mask.
+    :param title: what stands above a picture of it.
+    """
+
+    name: str
+    type: str
+    options: Mapping[str, Any]
+    title: str
+
+    def build(self, n_heads: int, band_length: int, **options: Any) -> Pattern:
+        """Its pattern; ``options`` are further ones, as :func:`.registry.build_pattern` takes them."""
+        return build_pattern(self.type, n_heads, band_length, **{**self.options, **options})
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What a command line adds to a config: ``attention.type=...`` and the options."""
+        options = {key: str(value).lower() if isinstance(value, bool) else value for key, value in self.options.items()}
+        return tuple(f"attention.{key}={value}" for key, value in {"type": self.type, **options}.items())
+
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        Variant("dense", "standard", {}, "Dense causal attention"),
+        Variant("exclusive", "spattention", {"local_sharing": False}, "SPAttention, exclusive bands"),
+        Variant("sharing", "spattention", {"local_sharing": True}, "SPAttention, local sharing"),
+        Variant("sliding_window", "sliding_window", {}, "Sliding window"),
+        Variant("eball", "eball", {}, "EBALL"),
+        Variant("gbhalf", "gbhalf", {}, "GBHALF"),
+        Variant("longformer", "longformer", {}, "Longformer"),
+        Variant("bigbird", "bigbird", {}, "BigBird, a stride for its links"),
+        Variant("bigbird_seeded", "bigbird", {"random_links": "seeded"}, "BigBird, random links"),
+        Variant("reformer", "reformer", {}, "Reformer, buckets of positions"),
+        Variant("reformer_lsh", "reformer", {"buckets": "lsh"}, "Reformer, LSH"),
+    )
+}
+"""The masks of this package, in the order of the documentation.
+
+``exclusive`` is the paper's Eq. 4, ``sharing`` the mask of its released code and its tables. ``bigbird`` and ``reformer``
+are the released code's stand-ins, ``bigbird_seeded`` and ``reformer_lsh`` the methods themselves.
+"""
+
+
+def available_variants() -> tuple[str, ...]:
+    """The names that :func:`find_variant` takes: the named masks, then every other registered type."""
+    named = {variant.type for variant in VARIANTS.values()}
+    return (*VARIANTS, *(name for name in available_patterns() if name not in named))
+
+
+def find_variant(name: str) -> Variant:
+    """The mask of a name: one of :data:`VARIANTS`, or a type that has one mask only, by its own name.
+
+    :param name: may be ``module.name`` for a type that lives outside this package.
+    :raises ValueError: no such mask; the message names the nearest one. Or a type of several masks.
+    """
+    if name in VARIANTS:
+        return VARIANTS[name]
+    masks = [variant for variant in VARIANTS.values() if variant.type == name]
+    if len(masks) > 1:
+        raise ValueError(f"{name!r} is a type of several masks: name one of {', '.join(mask.name for mask in masks)}")
+    if masks:
+        return masks[0]
+    if name not in available_patterns() and "." not in name:
+        known = available_variants()
+        raise ValueError(f"{name!r} is not a mask{nearest(name, known)} (known: {', '.join(known)})")
+    own = pattern_class(name).name
+    return Variant(own, name, {}, own)
+
+
+def variant_of(type: str, options: Mapping[str, Any]) -> Variant:
+    """The variant that a type with options is, or is nearest to: of its type, the one that most options agree with."""
+    defaults = pattern_options(type) if type in available_patterns() else {}
+    given = {**defaults, **options}
+    masks = [v for v in VARIANTS.values() if v.type == type and v.options.items() <= given.items()]
+    name = type.rpartition(".")[2]
+    return max(masks, key=lambda mask: len(mask.options), default=Variant(name, type, {}, name))
+
+
+def mask_name(type: str, options: Mapping[str, Any]) -> str:
+    """What a table prints for a type with options: its variant's name, and the options that are neither its nor default.
+
+    >>> mask_name("spattention", {"local_sharing": True, "follows_input": True})
+    'sharing follows_input=true'
+    """
+    variant = variant_of(type, options)
+    stated = {**(pattern_options(type) if type in available_patterns() else {}), **variant.options}
+    extra = (f" {k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in options.items() if stated.get(k) != v)
+    return variant.name + "".join(extra)
