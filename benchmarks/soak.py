@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks import arguments
 from spattn_olmoe import machine
-from spattn_olmoe.train.progress import read_metrics
+from spattn_olmoe.train.metrics import read_metrics
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
 LIMIT = 300.0

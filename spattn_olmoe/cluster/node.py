@@ -28,8 +28,8 @@ from packaging.requirements import Requirement
 from ..model.remedies import TESTED_RELEASE
 from ..train.config import ExperimentConfig
 from ..train.layout import Layout, NotModelled
-from ..train.progress import WandB
 from ..train.shards import check_data, data_files
+from ..train.wandb import WandB
 from .machines import assumed
 from .memory import checkpoint_bytes, memory
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ..train.progress import METRICS_FILE, read_metrics
+from ..train.metrics import METRICS_FILE, read_metrics
 
 LOSS = "train/CE loss"
 

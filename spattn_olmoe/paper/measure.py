@@ -26,7 +26,7 @@ from ..data import prepare
 from ..data.stdlib_corpus import write_stdlib_corpus
 from ..files import replace_file
 from ..model.checkpoints import find_checkpoint
-from ..train.progress import METRICS_FILE, read_metrics
+from ..train.metrics import METRICS_FILE, read_metrics
 from . import held_out
 from .losses import LOSS
 from .runs import ROOT, Run, Scale, data_config, steps_of

@@ -1,4 +1,4 @@
-"""What keeps a run alive, and what lets it die well: bad steps, failing evaluations, full disks, signals, lost ranks."""
+"""Fault handling: signals, bad steps, failed evaluations, lost ranks."""
 
 from __future__ import annotations
 
@@ -6,24 +6,20 @@ import functools
 import logging
 import math
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, ClassVar
 
 import torch
 from olmo_core.distributed.utils import get_rank, get_world_size
-from olmo_core.exceptions import OLMoCheckpointError, OLMoConfigurationError
-from olmo_core.io import is_url
+from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.train import Trainer, teardown_training_environment
-from olmo_core.train.callbacks import Callback, CheckpointerCallback, EvaluatorCallback
+from olmo_core.train.callbacks import Callback, EvaluatorCallback
 from olmo_core.train.common import OPTIM_GRAD_NORM_METRIC, TRAIN_CE_LOSS_METRIC, ReduceType
 from olmo_core.utils import cuda_sync_debug_mode
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.elastic.multiprocessing.errors import record
 
 log = logging.getLogger(__name__)
@@ -72,58 +68,6 @@ def _outside_the_steps(trainer: Trainer, number: int, frame: FrameType | None) -
     ends = [end for end in (trainer.max_duration, trainer.hard_stop) if end is not None]
     if not trainer.is_canceled and not any(trainer._duration_due(end) for end in ends):
         sys.exit(128 + number)
-
-
-# ---- saving ----------------------------------------------------------------------------------------------------------
-
-
-class SaveError(OLMoCheckpointError):
-    """A checkpoint could not be saved: which, why, and what to do."""
-
-
-@dataclass
-class SafeCheckpointer(CheckpointerCallback):
-    """OLMo-core's checkpointer, which says what to do where a checkpoint cannot be saved.
-
-    The run ends then, for it would train on without a net. Earlier checkpoints are not touched.
-    """
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> str:
-        step = f"{self.save_folder}/{self.checkpointer.checkpoint_dirname(self.step)}"
-        return self._saving(step, functools.partial(super()._save_checkpoint, *args, **kwargs))
-
-    def _await_last_checkpoint(self, blocking: bool = True) -> Future | None:
-        return self._saving(
-            self._latest_checkpoint_path, lambda: super(SafeCheckpointer, self)._await_last_checkpoint(blocking)
-        )
-
-    def _saving(self, path: str, save: Callable[[], Any]) -> Any:
-        try:
-            return save()
-        except SaveError:
-            raise
-        except (Exception, CheckpointException) as error:  # the latter is none of the former
-            raise SaveError(f"{path} could not be saved: {_cause(error)}. {self._advice()}") from error
-
-    def _advice(self) -> str:
-        free = ""
-        if not is_url(self.save_folder):
-            free = f"{shutil.disk_usage(self.save_folder).free / 2**30:.1f} GiB are free in {self.save_folder}. "
-        return (
-            f"{free}Earlier checkpoints are intact, and the same command goes on from the newest. If space (or quota) was "
-            "lacking, free some first, or copy the newest into another trainer.save_folder"
-        )
-
-
-def _cause(error: BaseException) -> str:
-    """What went wrong, in a line, through the wrappers of torch.distributed.checkpoint and OLMo-core's writer."""
-    failures = getattr(error, "failures", None)
-    if failures:  # by rank: the exception and its traceback
-        rank, (error, _) = next(iter(failures.items()))
-        return f"rank {rank}: {_cause(error)}"
-    if isinstance(error, OLMoCheckpointError):  # a traceback as text
-        return str(error).strip().splitlines()[-1]
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 # ---- bad steps -------------------------------------------------------------------------------------------------------

@@ -26,10 +26,12 @@ from ..model.mixer import PatternAttentionConfig
 from ..model.remedies import apply_remedies
 from ..model.section import AUTO, layer_patterns
 from ..patterns.head_order import NATURAL
+from .checkpoints import CheckpointFiles
 from .config import ExperimentConfig
 from .evaluators import check_evaluators, check_not_empty, held_out_datasets, label_all_files
 from .faults import ShieldDataWorkers, SkipNonFinite, survive_evaluations
-from .progress import CheckpointFiles, MetricsFile, Progress, Throughput
+from .metrics import MetricsFile
+from .progress import Progress, Throughput
 from .shards import DATA_FILE, check_data, check_same_data, data_files, shard_hashes, tokenizer_file, verify_shards
 
 log = logging.getLogger(__name__)

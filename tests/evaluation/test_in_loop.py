@@ -20,7 +20,7 @@ from spattn_olmoe.model.checkpoint import Checkpoint
 from spattn_olmoe.model.remedies import held_out_loss
 from spattn_olmoe.train import load_experiment
 from spattn_olmoe.train.evaluators import held_out_datasets, label_all_files
-from spattn_olmoe.train.progress import read_metrics
+from spattn_olmoe.train.metrics import read_metrics
 from spattn_olmoe.train.run import build_trainer, check
 from spattn_olmoe.train.shards import check_data
 from tests.conftest import training_command, training_environment

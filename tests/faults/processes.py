@@ -124,7 +124,7 @@ class Run:
     @property
     def curve(self) -> dict[int, tuple[float, float]]:
         """Loss and gradient norm by step, as far as the run has written them."""
-        from spattn_olmoe.train.progress import read_metrics
+        from spattn_olmoe.train.metrics import read_metrics
 
         metrics = read_metrics(self.folder)
         return {

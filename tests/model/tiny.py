@@ -113,3 +113,11 @@ def torchrun(n_ranks: int, script: Path, *args: str, timeout: float = 400) -> No
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value))
+
+
+def one_rank_overrides(folder: Path, *overrides: str) -> list[str]:
+    """Overrides of a run of one rank without a process group, its data written where there are none."""
+    data = folder / "data"
+    if not data.exists():
+        write_data(data)
+    return [*run_overrides(folder / "run", data), "train_module.dp_config=null", *overrides]

@@ -17,8 +17,8 @@ from spattn_olmoe.model.section import layer_patterns
 from spattn_olmoe.train import load_experiment
 from spattn_olmoe.train.config import decode_experiment, read_yaml
 from spattn_olmoe.train.dry_run import dry_run
-from spattn_olmoe.train.progress import WandB
 from spattn_olmoe.train.run import check
+from spattn_olmoe.train.wandb import WandB
 from tests.model.tiny import BASE, ROOT, TINY, T, tiny
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))

@@ -1,4 +1,4 @@
-"""What a run writes of itself: progress, metrics, Weights & Biases."""
+"""What a run prints and writes."""
 
 from __future__ import annotations
 
@@ -12,77 +12,24 @@ from olmo_core.train.callbacks import CheckpointerCallback
 
 from spattn_olmoe.model import apply_remedies
 from spattn_olmoe.model.fingerprint import FILE_NAME, Fingerprint
-from spattn_olmoe.train.faults import SafeCheckpointer
-from spattn_olmoe.train.progress import (
-    METRICS_FILE,
-    MFU_IF_DENSE,
-    CheckpointFiles,
-    MetricsFile,
-    Progress,
-    Throughput,
-    WandB,
-    keep_steps,
-    peak_flops,
-    progress_line,
-    read_metrics,
-)
+from spattn_olmoe.train.checkpoints import CheckpointFiles, SafeCheckpointer
+from spattn_olmoe.train.metrics import METRICS_FILE, MetricsFile, read_metrics
+from spattn_olmoe.train.progress import MFU_IF_DENSE, Progress, Throughput, peak_flops, progress_line
 from spattn_olmoe.train.run import build_trainer
-from tests.model.tiny import BASE, TINY, run_overrides, run_python, tiny, write_data
+from tests.model.tiny import one_rank_overrides, tiny
+from tests.train.test_metrics import lines
 
 LOSS = "train/CE loss"
 
 
 def experiment(folder: Path, *overrides: str):
     """The tiny experiment in this process: one rank, no process group."""
-    return tiny(*arguments(folder, *overrides))
-
-
-def arguments(folder: Path, *overrides: str) -> list[str]:
-    data = folder / "data"
-    if not data.exists():
-        write_data(data)
-    return [*run_overrides(folder / "run", data), "train_module.dp_config=null", *overrides]
+    return tiny(*one_rank_overrides(folder, *overrides))
 
 
 @pytest.fixture(autouse=True)
 def cpu_moe():
     apply_remedies()
-
-
-# ---- the metrics file ------------------------------------------------------------------------------------------------
-
-
-def lines(*steps):
-    return "".join(json.dumps({"step": step, "time": 0.0, "a": float(step)}) + "\n" for step in steps)
-
-
-def test_metrics_of_a_step_are_put_together_in_order(tmp_path):
-    parts = [{"step": 2, "a": 1.0}, {"step": 1, "a": 0.5}, {"step": 2, "b": 3.0}, {"step": 2, "a": 2.0}]
-    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(part) + "\n" for part in parts))
-    metrics = read_metrics(tmp_path)
-    assert metrics == {1: {"a": 0.5}, 2: {"a": 2.0, "b": 3.0}}
-    assert list(metrics) == [1, 2]
-
-
-@pytest.mark.parametrize("broken", ['{"step": 3, "a"', "\n", "[]\n", '{"a": 1}\n', "3\n", '{"step": null}\n'])
-def test_a_line_that_was_cut_off_is_passed_over(tmp_path, broken):
-    (tmp_path / METRICS_FILE).write_text(lines(1, 2) + broken)
-    assert list(read_metrics(tmp_path)) == [1, 2]
-    keep_steps(tmp_path / METRICS_FILE, up_to=5)
-    assert (tmp_path / METRICS_FILE).read_text() == lines(1, 2)
-
-
-def test_lines_of_steps_that_come_again_are_dropped(tmp_path):
-    file = tmp_path / METRICS_FILE
-    file.write_text(lines(1, 2, 3, 2, 4))
-    keep_steps(file, up_to=2)
-    assert file.read_text() == lines(1, 2, 2)
-    assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
-
-
-def test_without_a_file_there_is_nothing_to_keep(tmp_path):
-    keep_steps(tmp_path / METRICS_FILE, up_to=2)
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---- progress --------------------------------------------------------------------------------------------------------
@@ -201,92 +148,3 @@ def test_progress_is_logged_once_a_step(caplog, tmp_path):
     said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("step ")]
     assert [line.split(" |")[0] for line in said] == ["step 1/3", "step 2/3", "step 3/3"]
     assert all("MFU n/a % (as if dense n/a %)" in line for line in said)
-
-
-# ---- Weights & Biases ------------------------------------------------------------------------------------------------
-
-TRAIN = """
-import json, logging, sys
-logging.basicConfig(level=logging.INFO)
-{before}
-from spattn_olmoe.model import apply_remedies
-from spattn_olmoe.train import load_experiment
-from spattn_olmoe.train.run import build_trainer
-apply_remedies()
-trainer = build_trainer(load_experiment(sys.argv[1], sys.argv[2:]))
-trainer.fit()
-wandb = next(c for n, c in trainer.callbacks.items() if n == "wandb")
-print("RESULT", json.dumps([trainer.global_step, wandb.enabled, "wandb" in sys.modules]))
-"""
-
-
-def wandb_run(folder, *overrides, before="", env=None):
-    """Train in a Python of its own; returns steps, whether wandb is still on, whether it was imported, and the log."""
-    changes = ["trainer.callbacks.wandb.enabled=true", "trainer.no_checkpoints=true", *overrides]
-    done = run_python(
-        TRAIN.format(before=before),
-        str(BASE),
-        *TINY,
-        *arguments(folder, *changes),
-        env={"WANDB_API_KEY": "", "WANDB_SILENT": "true", **(env or {})},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    return *json.loads(result.removeprefix("RESULT ")), done.stderr
-
-
-ABSENT = "sys.modules.pop('wandb', None)\nimport importlib.util as u\nfind = u.find_spec\n"
-ABSENT += "u.find_spec = lambda name, *a: None if name == 'wandb' else find(name, *a)\nsys.modules['wandb'] = None"
-
-
-def test_without_the_package_a_run_goes_on(tmp_path):
-    steps, enabled, _, log = wandb_run(tmp_path, before=ABSENT)
-    assert (steps, enabled) == (3, False)
-    assert log.count("the wandb package is not installed (pip install wandb)") == 1
-    assert LOSS in read_metrics(tmp_path / "run")[3]
-
-
-def test_disabled_means_that_it_is_not_even_imported(tmp_path):
-    steps, _, imported, _ = wandb_run(tmp_path, "trainer.callbacks.wandb.mode=disabled")
-    assert (steps, imported) == (3, False)
-
-
-def test_a_failing_start_does_not_stop_the_run(tmp_path):
-    pytest.importorskip("wandb")
-    broken = "import wandb\ndef fail(**kwargs): raise wandb.errors.CommError('no network')\nwandb.init = fail"
-    steps, enabled, _, log = wandb_run(tmp_path, before=broken)
-    assert (steps, enabled) == (3, False)
-    assert log.count("wandb is off for the rest of this run: it failed to start: CommError: no network") == 1
-
-
-def test_failing_in_the_middle_does_not_stop_the_run(tmp_path):
-    pytest.importorskip("wandb")
-    broken = "from wandb.sdk.wandb_run import Run\ndef fail(*a, **k): raise OSError('disk full')\nRun.log = fail"
-    steps, enabled, _, log = wandb_run(tmp_path, "trainer.callbacks.wandb.mode=offline", before=broken)
-    assert (steps, enabled) == (3, False)
-    assert log.count("it failed to log: OSError: disk full") == 1
-
-
-def test_offline_writes_a_run_and_resuming_goes_on_with_it(tmp_path):
-    pytest.importorskip("wandb")
-    resume = "trainer.no_checkpoints=false"
-    first = wandb_run(tmp_path, resume, "trainer.hard_stop={value: 2, unit: steps}")
-    assert first[:2] == (2, True)
-    assert "wandb logs offline: WANDB_API_KEY is not set" in first[3]
-    ids = list((tmp_path / "run").rglob("run_id"))
-    assert len(ids) == 1
-    run_id = ids[0].read_text()
-    second = wandb_run(tmp_path, resume)
-    assert second[:2] == (3, True)
-    assert ids[0].read_text() == run_id
-    files = list((tmp_path / "run").rglob(f"run-{run_id}.wandb"))
-    assert len(files) == 2
-    assert all(file.stat().st_size > 0 for file in files)
-
-
-@pytest.mark.parametrize("mode", ["", "on", "Offline", "dryrun"])
-def test_an_unknown_mode_is_refused(mode):
-    with pytest.raises(
-        ValueError, match=r"trainer\.callbacks\.wandb\.mode=.*must be auto, online, offline or disabled"
-    ):
-        WandB(mode=mode)

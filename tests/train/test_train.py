@@ -18,7 +18,7 @@ LOSS = "train/CE loss"
 
 
 def losses(run: Path) -> dict[int, float]:
-    from spattn_olmoe.train.progress import read_metrics
+    from spattn_olmoe.train.metrics import read_metrics
 
     return {step: metrics[LOSS] for step, metrics in read_metrics(run).items() if LOSS in metrics}
 

@@ -1,0 +1,69 @@
+"""The metrics of a run in a file, and how to read them back."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from olmo_core.distributed.utils import get_rank
+from olmo_core.io import is_url
+from olmo_core.train.callbacks import Callback
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass
+class MetricsFile(Callback):
+    """All metrics of every step, one JSON object a line, in ``metrics.jsonl`` in the run's folder.
+
+    A step may have several lines with different metrics; :func:`read_metrics` puts them together. On resume, lines of
+    steps that will be computed again are dropped, so that the file is that of an uninterrupted run.
+    """
+
+    priority: ClassVar[int] = 4
+
+    @property
+    def path(self) -> Path:
+        """The file; beside the checkpoints, or in the working directory where those go to a URL."""
+        folder = self.trainer.work_dir if is_url(self.trainer.save_folder) else Path(self.trainer.save_folder)
+        return folder / METRICS_FILE
+
+    def pre_train(self) -> None:
+        if get_rank() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            keep_steps(self.path, up_to=self.step)
+
+    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        if get_rank() == 0:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
+
+
+def keep_steps(path: Path, up_to: int) -> None:
+    """Drop the lines of a metrics file that are broken or of later steps than ``up_to``, all or nothing."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines() if (step := _step_of(line)) is not None and step <= up_to]
+    new = path.with_suffix(".tmp")
+    new.write_text("".join(f"{line}\n" for line in kept))
+    new.replace(path)
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line of a metrics file; None for one that was cut off as it was written."""
+    try:
+        return int(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return None
+
+
+def read_metrics(folder: str | Path) -> dict[int, dict[str, float]]:
+    """The metrics of a run by step, in order of steps."""
+    by_step: dict[int, dict[str, float]] = {}
+    for line in (Path(folder) / METRICS_FILE).read_text().splitlines():
+        if (step := _step_of(line)) is not None:
+            by_step.setdefault(step, {}).update({k: v for k, v in json.loads(line).items() if k != "step"})
+    return dict(sorted(by_step.items()))
