@@ -56,7 +56,7 @@ def describe(device: str, note: str | None = None) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "driver": _driver() if device == "cuda" else None,
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
-        "commit": _git("rev-parse", "HEAD") or os.environ.get(COMMIT),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get(COMMIT) or None,
         "changed": None if changes is None else bool(changes),
         "command": " ".join(["python", *sys.argv]),
         **({"note": note} if note else {}),
@@ -95,7 +95,10 @@ def _version(package: str) -> str | None:
 
 
 def _git(*args: str) -> str | None:
-    run = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent)
+    try:
+        run = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent)
+    except FileNotFoundError:  # images have no git
+        return None
     return run.stdout.strip() if run.returncode == 0 else None
 
 

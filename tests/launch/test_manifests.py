@@ -8,13 +8,13 @@ import re
 import yaml
 from olmo_core.exceptions import OLMoConfigurationError
 
-from spattn_olmoe import __version__
+from spattn_olmoe import __version__, machine
 from spattn_olmoe.train import load_experiment
 from spattn_olmoe.train.run import check, check_layout
 from tests.conftest import ROOT
 
 LAUNCH = ROOT / "scripts/launch"
-DOCKERFILE = (LAUNCH / "Dockerfile").read_text()
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
 SERVICE, JOB = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
 POD = JOB["spec"]["template"]["spec"]
 (TRAIN,) = POD["containers"]
@@ -74,8 +74,20 @@ def test_the_image_copies_what_is_there_and_the_context_has_it():
     for name in " ".join(copied).split():
         assert (ROOT / name).exists()
         assert any(fnmatch.fnmatch(name, f"{pattern}*") for pattern in kept), name
-    (image,) = re.findall(r"^FROM (\S+)$", DOCKERFILE, flags=re.MULTILINE)
-    assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-base-ubuntu\d\d\.04", image)
+    (image,) = re.findall(r"^ARG BASE=(\S+)$", DOCKERFILE, flags=re.MULTILINE)
+    assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-base-ubuntu\d\d\.04(@sha256:[0-9a-f]{64})?", image)
+
+
+def test_the_first_process_passes_signals_on():
+    assert re.search(r"apt-get install .*\btini\b", DOCKERFILE)
+    assert re.search(r'^ENTRYPOINT \["tini", "--"\]$', DOCKERFILE, flags=re.MULTILINE)
+    assert TRAIN["command"][:2] == ["tini", "--"]
+
+
+def test_the_image_knows_its_commit():
+    assert re.search(r"^ARG COMMIT=$", DOCKERFILE, flags=re.MULTILINE)
+    assert re.search(r"^LABEL org\.opencontainers\.image\.revision=\$\{COMMIT\}", DOCKERFILE, flags=re.MULTILINE)
+    assert re.search(rf"^ENV {machine.COMMIT}=\$\{{COMMIT\}}$", DOCKERFILE, flags=re.MULTILINE)
 
 
 def test_a_wrong_config_would_be_refused():
