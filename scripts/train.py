@@ -13,6 +13,7 @@ import sys
 from rich.console import Console
 
 from spattn_olmoe.errors import user_errors
+from spattn_olmoe.exit_code import kept_exit_code
 
 
 def main() -> None:
@@ -52,4 +53,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with kept_exit_code():
+        main()

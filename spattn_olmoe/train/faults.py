@@ -22,6 +22,8 @@ from olmo_core.train.common import OPTIM_GRAD_NORM_METRIC, TRAIN_CE_LOSS_METRIC,
 from olmo_core.utils import cuda_sync_debug_mode
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from ..exit_code import keep
+
 log = logging.getLogger(__name__)
 
 SKIPPED_METRIC = "optim/step skipped"
@@ -48,6 +50,7 @@ def fit(trainer: Trainer) -> int:
             sys.excepthook(*sys.exc_info())
             sys.stdout.flush()
             sys.stderr.flush()
+            keep(1)
             os._exit(1)
         raise
     teardown_training_environment()

@@ -12,13 +12,14 @@ import torch
 from olmo_core.distributed.parallel import DataParallelType
 from olmo_core.distributed.utils import broadcast_object, get_rank
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.io import normalize_path
+from olmo_core.io import is_url, normalize_path
 from olmo_core.nn.transformer import TransformerActivationCheckpointingMode, TransformerBlockConfig
 from olmo_core.train import LoadStrategy, Trainer, prepare_training_environment
 from olmo_core.train.callbacks import ConfigSaverCallback, ConsoleLoggerCallback, SpeedMonitorCallback
 from olmo_core.train.train_module import TransformerTrainModuleConfig
 from olmo_core.utils import seed_all
 
+from ..lock import Lock
 from ..model.checkpoints import Checksums, find_checkpoint
 from ..model.fingerprint import FILE_NAME as FINGERPRINT_FILE
 from ..model.fingerprint import Fingerprint, check_checkpoint
@@ -41,7 +42,9 @@ def prepare(config: ExperimentConfig, *, verify_data: bool = False) -> Trainer:
     """Everything up to the first step. Call it once per process; then ``trainer.fit()`` trains, or goes on training.
 
     :param verify_data: also compare the data's hashes with the manifest's, which reads all of it.
-    :raises OLMoConfigurationError: the config, the data or the checkpoint does not fit; nothing has been written then.
+    :raises OLMoConfigurationError: the config, the data or the checkpoint does not fit; nothing but the lock has been written
+        then.
+    :raises ValueError: another run writes the save folder.
     """
     check(config)
     check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -50,6 +53,7 @@ def prepare(config: ExperimentConfig, *, verify_data: bool = False) -> Trainer:
     prepare_training_environment(
         seed=config.init_seed, backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     )
+    claim(config.trainer.save_folder)
     checkpoint = checkpoint_to_load(config)
     config = check_resume(config, checkpoint)
     verify_shards(config, checkpoint, everything=verify_data)
@@ -57,6 +61,24 @@ def prepare(config: ExperimentConfig, *, verify_data: bool = False) -> Trainer:
     if checkpoint is not None:
         load(trainer, checkpoint)
     return trainer
+
+
+def claim(folder: str) -> None:
+    """Lock the save folder of a run until this process ends. All ranks call it together.
+
+    :raises ValueError: on every rank, where another run writes the folder.
+    """
+    error = None
+    if get_rank() == 0:
+        if is_url(folder):
+            log.warning("nothing keeps a second run from writing %s too: only folders have a lock", folder)
+        else:
+            try:
+                Lock(folder)
+            except (ValueError, OSError) as raised:
+                error = str(raised)
+    if (error := broadcast_object(error)) is not None:
+        raise ValueError(error)
 
 
 def build_trainer(config: ExperimentConfig) -> Trainer:

@@ -48,6 +48,8 @@ class Run:
     folder: Path
     data: Path
     overrides: tuple[str, ...] = ()
+    suffix: str = ""
+    """Of the log's name: for a second command in the same folder at the same time."""
     log: str = field(default="", init=False)
     """What the processes of the last start wrote, both streams."""
 
@@ -86,7 +88,7 @@ class Run:
 
     @property
     def _output(self) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.log")
+        return self.folder.with_name(f"{self.folder.name}{self.suffix}.log")
 
     @contextlib.contextmanager
     def _logged(self, calls: Iterable[tuple[Any, ...]]) -> Iterator[list[Any]]:
