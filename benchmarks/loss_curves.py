@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spattn_olmoe import machine
+from spattn_olmoe.errors import fail, user_errors
 
 LAST = 20
 """Steps at the end of a run whose mean loss is compared."""
@@ -48,17 +49,13 @@ def compare(folders: list[Path]) -> list[dict[str, Any]]:
 
 def main(arguments: list[str]) -> int:
     if len(arguments) < 2:
-        print("loss_curves: name a reference run and at least one other", file=sys.stderr)
-        return 2
+        fail("name a reference run and at least one other")
     from spattn_olmoe.paper.losses import plot_losses
 
     folders = [Path(argument) for argument in arguments]
     device = machine.default_device()
-    try:
+    with user_errors():
         rows = compare(folders)
-    except ValueError as error:
-        print(f"loss_curves: {error}", file=sys.stderr)
-        return 2
     out = machine.results_folder(device) / "loss_curves.json"
     machine.write_json(out, {"run": machine.describe(device), "rows": rows})
     plot_losses(folders, out.with_suffix(".png"))

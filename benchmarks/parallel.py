@@ -107,7 +107,7 @@ def refused() -> list[dict[str, Any]]:
     for name, (n_ranks, overrides) in REFUSED.items():
         try:
             check_layout(tiny(*overrides), n_ranks)
-        except OLMoConfigurationError as reason:
+        except (ValueError, OLMoConfigurationError) as reason:
             rows.append({"layout": name, "reason": str(reason)})
     return rows
 

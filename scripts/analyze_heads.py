@@ -5,13 +5,11 @@ python scripts/analyze_heads.py --checkpoint runs/quickstart-spattention runs/qu
 
 from __future__ import annotations
 
-import argparse
-
-from spattn_olmoe.errors import quiet, user_errors
+from spattn_olmoe.errors import Parser, quiet, user_errors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", nargs="+", required=True, help="checkpoints, or runs' folders for their newest")
     parser.add_argument("--data", help="prepared data to read instead of the first checkpoint's own")
     parser.add_argument("--sequences", type=int, default=32, help="held-out sequences to look at (default 32)")

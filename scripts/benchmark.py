@@ -5,12 +5,13 @@ Each subcommand is a module of ``benchmarks/`` with ``add_arguments(parser)`` an
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
+
+from spattn_olmoe.errors import Parser, user_errors
 
 SUBCOMMANDS = {
     "attention": "ours against other kernels, under every distance mask",
@@ -26,23 +27,20 @@ SUBCOMMANDS = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     chosen = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
     for name, summary in SUBCOMMANDS.items():
-        command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        command = commands.add_parser(name, help=summary)
         if name == chosen:  # only what this one needs has to be installed: for attention PyTorch and Triton
             module = importlib.import_module(f"benchmarks.{name}")
             command.description = module.__doc__
             module.add_arguments(command)
     args = parser.parse_args()
-    try:
-        return module.run(args)
-    except ValueError as error:
-        print(f"benchmark: {error}", file=sys.stderr)
-        return 2
+    with user_errors():
+        sys.exit(module.run(args))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

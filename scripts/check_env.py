@@ -6,18 +6,17 @@ torchrun --nnodes=2 --nproc_per_node=8 ... scripts/check_env.py --config configs
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 
 from rich.console import Console
 from rich.table import Table
 
-from spattn_olmoe.errors import quiet, user_errors
+from spattn_olmoe.errors import Parser, quiet, user_errors
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--config", required=True, help="a YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train.py")
     args = parser.parse_intermixed_args()

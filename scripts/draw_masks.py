@@ -10,19 +10,15 @@ import argparse
 import sys
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from spattn_olmoe import build_pattern
+from spattn_olmoe.errors import Parser, user_errors
 from spattn_olmoe.paper import masks
 
 
-class Parser(argparse.ArgumentParser):
-    """One line for an error, without the usage."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--type", help="attention type, as in attention.type")
     what.add_argument("--figure", type=int, choices=(1, 2), help="a figure of the paper")
@@ -53,27 +49,21 @@ def option(parser: Parser, text: str) -> tuple[str, Any]:
     return key.removeprefix("attention."), int(value) if number else words.get(value.lower(), value)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    try:
-        if args.overview:
-            figure = masks.overview()
-        elif args.figure:
-            figure = masks.figure_1() if args.figure == 1 else masks.figure_2()
-        else:
-            heads, band_length = (
-                (8 if args.heads is None else args.heads),
-                (1024 if args.band_length is None else args.band_length),
-            )
-            figure = masks.draw(
-                build_pattern(args.type, n_heads=heads, band_length=band_length, **args.options), args.length
-            )
-        print(masks.save(figure, args.out))
-    except (ValueError, OSError) as error:
-        print(f"draw_masks.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    with user_errors():
+        print(masks.save(picture(args), args.out))
+
+
+def picture(args: argparse.Namespace) -> Figure:
+    if args.overview:
+        return masks.overview()
+    if args.figure:
+        return masks.figure_1() if args.figure == 1 else masks.figure_2()
+    heads = 8 if args.heads is None else args.heads
+    band_length = 1024 if args.band_length is None else args.band_length
+    return masks.draw(build_pattern(args.type, n_heads=heads, band_length=band_length, **args.options), args.length)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

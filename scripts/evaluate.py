@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 
-from spattn_olmoe.errors import quiet, user_errors
+from spattn_olmoe.errors import Parser, quiet, user_errors
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     """The arguments of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--checkpoint",
         nargs="+",

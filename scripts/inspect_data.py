@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 
 from rich.console import Console
 
-from spattn_olmoe.data import DataError, verify
+from spattn_olmoe.data import verify
 from spattn_olmoe.data.inspection import decode, document, histogram
-from spattn_olmoe.data.summary import fail, summary_table, warnings
+from spattn_olmoe.data.summary import summary_table, warnings
+from spattn_olmoe.errors import Parser, user_errors
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("--hashes", action="store_true", help="read every byte, compare SHA-256 and check every id")
     parser.add_argument("--documents", type=int, nargs="*", default=[0], metavar="N", help="decode these, from 0")
@@ -22,11 +21,9 @@ def main() -> int:
     parser.add_argument("--characters", type=int, default=1000, help="show so much of each document")
     args = parser.parse_args()
     console = Console()
-    try:
+    with user_errors():
         manifest = verify(args.folder, hashes=args.hashes)
         texts = [(n, ids := document(manifest, args.split, n), decode(manifest, ids)) for n in args.documents]
-    except DataError as error:
-        return fail(str(error))
     console.print(summary_table(manifest))
     console.print(f"tokenizer: {json.dumps(vars(manifest.tokenizer))}", soft_wrap=True, markup=False)
     console.print(f"made with: {json.dumps(manifest.versions)}", soft_wrap=True, markup=False)
@@ -38,8 +35,7 @@ def main() -> int:
         rest = f" ... {len(text) - args.characters:,} more characters" if len(text) > args.characters else ""
         console.rule(f"{args.split} {number}: {len(ids):,} tokens")
         console.print(text[: args.characters] + rest, markup=False, highlight=False)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

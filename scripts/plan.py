@@ -5,15 +5,13 @@ python scripts/plan.py --config configs/1b7b_spattn.yaml --gpus 16 --gpu h100 [k
 
 from __future__ import annotations
 
-import argparse
-
 from rich.console import Console
 
-from spattn_olmoe.errors import quiet, user_errors
+from spattn_olmoe.errors import Parser, quiet, user_errors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--config", required=True, help="a YAML file, see configs/")
     parser.add_argument("--gpus", required=True, type=int, metavar="N", help="GPUs in all")
     parser.add_argument("--gpu", required=True, help="h100, h200, a100 or b200")

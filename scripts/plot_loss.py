@@ -5,13 +5,11 @@ python scripts/plot_loss.py runs/quickstart-spattention runs/quickstart-standard
 
 from __future__ import annotations
 
-import argparse
-
-from spattn_olmoe.errors import user_errors
+from spattn_olmoe.errors import Parser, user_errors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", help="folders of runs")
     parser.add_argument("--out", required=True, help="the picture, .png or .svg or .pdf")
     args = parser.parse_args()

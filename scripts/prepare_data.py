@@ -6,21 +6,20 @@ more with --merge.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import signal
-import sys
 
 from rich.console import Console
 
-from spattn_olmoe.data import DataError, load_config, prepare
+from spattn_olmoe.data import load_config, prepare
 from spattn_olmoe.data.parts import merge
-from spattn_olmoe.data.summary import fail, progress_bar, summary_table, warnings
+from spattn_olmoe.data.summary import progress_bar, summary_table, warnings
+from spattn_olmoe.errors import Parser, fail, user_errors
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("--config", required=True, help="a YAML file, see configs/data/")
     parser.add_argument("--part", metavar="i/n", help="prepare only this part, counted from 0 (same as part=i/n)")
     parser.add_argument("--merge", action="store_true", help="write one manifest over all finished parts")
@@ -34,22 +33,20 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs would ignore the first
         signal.signal(number, signal.default_int_handler)
     console = Console(stderr=True)
-    try:
-        config = load_config(args.config, [*args.overrides, *([f"part={args.part}"] if args.part else [])])
-        if args.merge:
-            manifest = merge(config.output)
-        else:
-            with progress_bar(console) as report:
-                manifest = prepare(config, report)
-    except DataError as error:
-        return fail(str(error))
-    except KeyboardInterrupt:
-        return fail("stopped; run the same command again to go on")
+    with user_errors():
+        try:
+            config = load_config(args.config, [*args.overrides, *([f"part={args.part}"] if args.part else [])])
+            if args.merge:
+                manifest = merge(config.output)
+            else:
+                with progress_bar(console) as report:
+                    manifest = prepare(config, report)
+        except KeyboardInterrupt:
+            fail("stopped; run the same command again to go on", 1)
     console.print(summary_table(manifest))
     for warning in warnings(manifest):
         console.print(f"warning: {warning}", soft_wrap=True)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -18,14 +18,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
-from spattn_olmoe.errors import quiet, user_errors
+from spattn_olmoe.errors import Parser, quiet, user_errors
 
 TARGETS = ("table1", "table2", "table3", "figure1", "figure2", "appendix_a", "throughput")
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     """The arguments of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--scale", choices=("paper", "gpu", "cpu"), default="cpu", help="default: cpu")
     parser.add_argument("--seeds", type=int, help="runs of each attention type; by default the scale's (3; paper: 1)")

@@ -6,18 +6,17 @@ torchrun scripts/train.py --config configs/1b7b_spattn.yaml --dry-run
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 
 from rich.console import Console
 
-from spattn_olmoe.errors import user_errors
+from spattn_olmoe.errors import Parser, user_errors
 from spattn_olmoe.exit_code import kept_exit_code
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--config", required=True, help="a YAML file, see configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its cost; start nothing")
     parser.add_argument(

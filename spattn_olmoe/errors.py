@@ -1,14 +1,17 @@
-"""How a user's error is reported: as one line, with the nearest known word where a word is unknown."""
+"""User errors: how they are raised (``ValueError``), worded (the nearest known word) and printed (one line, status 2)."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
+import errno
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -19,26 +22,39 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """End the process with one line and exit code 2 for an error that its user can mend.
+    """Report a user error as one line and exit with status 2.
 
-    Those are ValueError and OLMoConfigurationError, and files that are not there or not allowed. Anything else is a
-    defect and keeps its traceback.
+    User errors are ValueError, OLMo-core's errors of configuration and environment, and files that cannot be opened or
+    written. Anything else is a defect and keeps its traceback.
     """
     # OLMo-core looks for kernels that nothing here uses, and warns where they are not installed.
     logging.getLogger("olmo_core.nn.attention.te_attn_api").setLevel(logging.ERROR)
     try:
         yield
     except KeyboardInterrupt:
-        _end("interrupted", 130)
-    except (ValueError, FileNotFoundError, PermissionError) as error:
-        _end(str(error), 2)
+        fail("interrupted", 130)
     except Exception as error:
-        if type(error).__name__ not in (
-            "OLMoConfigurationError",
-            "OLMoEnvironmentError",
-        ):  # without importing OLMo-core
+        if not _is_users(error):
             raise
-        _end(str(error), 2)
+        fail(str(error))
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """End the process with one line on standard error, which one rank alone prints."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of every script: its help is the script's docstring, its errors are one line as all others."""
+
+    def __init__(self, **settings: Any):
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**settings)
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} ({self.prog} --help explains)")
 
 
 def quiet() -> None:
@@ -53,7 +69,9 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process loads a checkpoint alone
 
 
-def _end(message: str, code: int) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    sys.exit(code)
+def _is_users(error: Exception) -> bool:
+    if isinstance(error, OSError):  # of a named file, or of a full disk, which names none
+        known = isinstance(error, (FileNotFoundError, PermissionError)) or error.errno == errno.ENOSPC
+        return known or error.filename is not None
+    by_name = ("OLMoConfigurationError", "OLMoEnvironmentError")  # without importing OLMo-core
+    return isinstance(error, ValueError) or type(error).__name__ in by_name

@@ -17,7 +17,7 @@ from olmo_core.nn.transformer import Transformer, TransformerBlockConfig, Transf
 
 from ..model.mixer import PatternAttentionConfig
 from ..train.config import ExperimentConfig
-from ..train.layout import RECOMPUTABLE, Layout, NotModelled
+from ..train.layout import RECOMPUTABLE, Layout
 from .machines import assumed
 
 BYTES = {DType.float32: 4, DType.bfloat16: 2, DType.float16: 2}
@@ -81,14 +81,14 @@ class Shape:
         """Read a config's model.
 
         :param model: the built model, to build it only once.
-        :raises NotModelled: a part of the model that the estimate does not know.
+        :raises ValueError: a part of the model that the estimate does not know.
         """
         model_config = config.model_with_attention()
         block = model_config.block
         assert isinstance(block, TransformerBlockConfig)  # attach() refuses others
         mixer, moe, dp = block.sequence_mixer, block.feed_forward_moe, config.train_module.dp_config
         if block.name != TransformerBlockType.moe or moe is None or moe.name != MoEType.dropless:
-            raise NotModelled(f"model.block.name={block.name}: only pre-norm blocks with dropless experts are modelled")
+            raise ValueError(f"model.block.name={block.name}: only pre-norm blocks with dropless experts are modelled")
         for key, value in {
             "model.block.feed_forward_moe.shared_mlp": moe.shared_mlp,
             "model.block.feed_forward_moe.latent_moe": moe.latent_moe,
@@ -96,7 +96,7 @@ class Shape:
             "train_module.float8_config": config.train_module.float8_config,
         }.items():
             if value is not None:
-                raise NotModelled(f"{key} is not modelled: unset it to plan")
+                raise ValueError(f"{key} is not modelled: unset it to plan")
         assert isinstance(mixer, PatternAttentionConfig)
         model = model or model_config.build(init_device="meta")
         head_dim = mixer.head_dim or model_config.d_model // mixer.n_heads
@@ -126,7 +126,7 @@ def memory(config: ExperimentConfig, layout: Layout, shape: Shape | None = None)
     """Estimate the memory of one GPU.
 
     :param shape: what :meth:`Shape.of` gives, to count a model only once.
-    :raises NotModelled: the config has a part that the estimate does not know.
+    :raises ValueError: the config has a part that the estimate does not know.
     """
     shape = shape or Shape.of(config)
     if layout.data_parallel == "ddp":  # OLMo-core casts the model, so everything is in the compute dtype

@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 
 from ..model.remedies import TESTED_RELEASE
 from ..train.config import ExperimentConfig
-from ..train.layout import Layout, NotModelled
+from ..train.layout import Layout
 from ..train.shards import check_data, data_files
 from ..train.wandb import WandB
 from .machines import assumed
@@ -126,7 +126,7 @@ def gpus(config: ExperimentConfig, ranks: int) -> Iterator[Row]:
     yield Row("driver", OK, f"{_nvidia_smi('driver_version')[0][0]}; {versions}" if _smi() else versions)
     try:
         needed = memory(config, Layout.of(config, ranks)).peak
-    except NotModelled as error:
+    except ValueError as error:
         yield Row("GPU memory", WARN, f"not estimated: {error}", "watch the first steps")
         return
     there = torch.cuda.get_device_properties(0).total_memory * assumed("memory")
@@ -196,7 +196,7 @@ def save_folder(config: ExperimentConfig, nodes: int) -> Iterator[Row]:
         return
     try:
         size = checkpoint_bytes(config)
-    except NotModelled:
+    except ValueError:
         size = 12.0 * config.model_with_attention().num_params
     kept = checkpoints_kept(config)
     free, needed = shutil.disk_usage(existing).free, size * kept
@@ -248,7 +248,7 @@ def data(config: ExperimentConfig) -> Iterator[Row]:
     try:
         files = data_files(config.dataset)
         check_data(config)
-    except (OLMoConfigurationError, ValueError) as error:
+    except (ValueError, OLMoConfigurationError) as error:
         yield Row(
             "data", FAIL, " ".join(str(error).split()), "python scripts/prepare_data.py --config configs/data/..."
         )

@@ -52,7 +52,7 @@ def fits(config: ExperimentConfig, ranks: int, alone: bool = False) -> list[Row]
         check(config)
         if not alone or ranks > 1:
             check_layout(config, ranks)
-    except OLMoConfigurationError as error:
+    except (ValueError, OLMoConfigurationError) as error:
         return [Row("layout", FAIL, str(error), "python scripts/plan.py proposes one")]
     if alone:
         return [Row("layout", OK, "config is sound; its layout is checked under torchrun")]

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ..train.config import ExperimentConfig
 from ..train.dry_run import short
-from ..train.layout import Layout, NotModelled
+from ..train.layout import Layout
 from .machines import ASSUMPTIONS, GPUS_PER_NODE, assumed
 from .memory import memory
 from .search import Plan
@@ -23,7 +23,7 @@ def memory_table(config: ExperimentConfig, ranks: int) -> Table:
     try:
         layout = Layout.of(config, ranks)
         needed = memory(config, layout)
-    except NotModelled as error:
+    except ValueError as error:
         table.add_row("not estimated", str(error))
         return table
     for name, size in needed.parts.items():

@@ -126,7 +126,7 @@ def _layouts(config: ExperimentConfig, ranks: int, refused: Counter[str]) -> Ite
     for layout in _shapes(ranks, T):
         try:
             check_layout(layout.apply(config), ranks)
-        except OLMoConfigurationError as error:
+        except (ValueError, OLMoConfigurationError) as error:
             refused[_reason(str(error))] += 1
             continue
         per_rank = batch // layout.data_ranks

@@ -16,8 +16,6 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .errors import DataError
-
 DTYPES = ("auto", "uint16", "uint32")
 WHEN_EXHAUSTED = ("continue", "stop")
 
@@ -103,7 +101,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """Defaults, then the YAML file (and what it ``extends``), then ``key=value`` pairs.
 
     :param overrides: ``key=value`` with dots and indices, e.g. ``sources[0].field=content``; values are YAML.
-    :raises DataError: no such file, no valid YAML, an unknown key (the nearest known one is named) or a wrong value.
+    :raises ValueError: no such file, no valid YAML, an unknown key (the nearest known one is named) or a wrong value.
     """
     config: DictConfig = OmegaConf.structured(DataConfig)
     for layer in _layers(Path(path)):
@@ -112,7 +110,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise DataError(f"{override!r} is no key=value")
+            raise ValueError(f"{override!r} is no key=value")
         with _one_line(override):
             OmegaConf.update(config, key, yaml.safe_load(value), merge=True)
     with _one_line(str(path)):
@@ -122,7 +120,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def check(config: DataConfig) -> None:
-    """:raises DataError: the first value that cannot be meant."""
+    """:raises ValueError: the first value that cannot be meant."""
     _require(bool(config.sources), "sources: none given; name at least one (paths: or hub:)")
     for i, source in enumerate(config.sources):
         _require(bool(source.paths) != bool(source.hub), f"sources[{i}]: give either paths: or hub:, and not both")
@@ -151,11 +149,11 @@ def check(config: DataConfig) -> None:
 def parse_part(part: str) -> tuple[int, int]:
     """``"i/n"`` as two numbers.
 
-    :raises DataError: anything else, or an ``i`` that is not below ``n``.
+    :raises ValueError: anything else, or an ``i`` that is not below ``n``.
     """
     match = re.fullmatch(r"(\d+)/(\d+)", part)
     if not match or int(match[1]) >= int(match[2]):
-        raise DataError(f"part={part!r}: must be i/n with i from 0 to n - 1, e.g. 0/8")
+        raise ValueError(f"part={part!r}: must be i/n with i from 0 to n - 1, e.g. 0/8")
     return int(match[1]), int(match[2])
 
 
@@ -165,11 +163,11 @@ def _layers(path: Path) -> list[DictConfig]:
         try:
             layer = OmegaConf.load(path)
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from error
+            raise ValueError(f"{path}: {error.strerror}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(layer, DictConfig):
-        raise DataError(f"{path}: must be a mapping of keys to values")
+        raise ValueError(f"{path}: must be a mapping of keys to values")
     base = layer.pop("extends", None)
     return [*(_layers(path.parent / base) if base else []), layer]
 
@@ -191,7 +189,7 @@ class _one_line:
             if error.key is not None and known and str(error.key) not in known:
                 nearest = difflib.get_close_matches(str(error.key), known, n=1, cutoff=0.0)
                 problem = f"unknown key of {_SECTIONS[section]}; the nearest known one is {nearest[0]!r}"
-            raise DataError(f"{self.where}: {key}: {problem}") from error
+            raise ValueError(f"{self.where}: {key}: {problem}") from error
 
 
 _SECTIONS: dict[Any, str] = {DataConfig: "the config", SourceConfig: "sources[]", TokenizerSection: "tokenizer"}
@@ -199,4 +197,4 @@ _SECTIONS: dict[Any, str] = {DataConfig: "the config", SourceConfig: "sources[]"
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise DataError(message)
+        raise ValueError(message)

@@ -8,7 +8,6 @@ import numpy as np
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from .errors import DataError
 from .manifest import Manifest
 
 _WINDOW = 1 << 22
@@ -18,7 +17,7 @@ def document(manifest: Manifest, split: str, number: int) -> np.ndarray:
     """The ids of one document, without the EOS behind it.
 
     :param number: counted from 0 over the split's shards, in order.
-    :raises DataError: the split has no such document.
+    :raises ValueError: the split has no such document.
     """
     begin = 0
     pieces: list[np.ndarray] = []
@@ -36,7 +35,7 @@ def document(manifest: Manifest, split: str, number: int) -> np.ndarray:
             ids = np.memmap(manifest.directory / shard.path, dtype=manifest.dtype, mode="r")
             pieces.append(np.array(ids[_bounds(ids, manifest.tokenizer.eos_token_id, number - begin)[0] :]))
         begin += shard.documents
-    raise DataError(f"{manifest.directory}: expected document {number} in {split!r}, which has {begin} (from 0)")
+    raise ValueError(f"{manifest.directory}: expected document {number} in {split!r}, which has {begin} (from 0)")
 
 
 def decode(manifest: Manifest, ids: np.ndarray) -> str:

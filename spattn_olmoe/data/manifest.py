@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from ..files import hash_file, replace_file
-from .errors import DataError
 from .writer import Shard
 
 log = logging.getLogger(__name__)
@@ -94,7 +93,7 @@ class Manifest:
     def load(cls, directory: str | os.PathLike[str]) -> Manifest:
         """Read ``manifest.json`` without looking at the shards.
 
-        :raises DataError: there is none, or it is none of ours.
+        :raises ValueError: there is none, or it is none of ours.
         """
         folder = Path(directory)
         path = folder / NAME
@@ -102,22 +101,22 @@ class Manifest:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             unfinished = " (its preparation has not finished)" if (folder / "progress.json").exists() else ""
-            raise DataError(
+            raise ValueError(
                 f"{folder}: expected {NAME} beside the shards, found none{unfinished}; {_PREPARE}"
             ) from error
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from error
+            raise ValueError(f"{path}: {error.strerror}") from error
         except ValueError as error:
-            raise DataError(f"{path}: is no valid JSON ({error}); {_PREPARE} again") from error
+            raise ValueError(f"{path}: is no valid JSON ({error}); {_PREPARE} again") from error
         found = content.pop("format", None) if isinstance(content, dict) else None
         if found != FORMAT:
-            raise DataError(f"{path}: expected format {FORMAT!r}, found {found!r}; {_PREPARE} again")
+            raise ValueError(f"{path}: expected format {FORMAT!r}, found {found!r}; {_PREPARE} again")
         try:
             content["tokenizer"] = TokenizerRecord(**content["tokenizer"])
             content["shards"] = [Shard(**shard) for shard in content["shards"]]
             return cls(directory=folder, **content)
         except (KeyError, TypeError) as error:
-            raise DataError(f"{path}: a key is missing or unknown ({error}); {_PREPARE} again") from error
+            raise ValueError(f"{path}: a key is missing or unknown ({error}); {_PREPARE} again") from error
 
     def _paths(self, split: str) -> list[str]:
         return [str(self.directory / shard.path) for shard in self.shards if shard.split == split]
@@ -140,7 +139,7 @@ def verify(
     :param sequence_length: the run's; the training split must hold at least one sequence in one shard.
     :param hashes: read every byte: compare each shard's SHA-256 and look at every id. Without it sizes are compared
         and the first and last ids of each shard looked at.
-    :raises DataError: the first thing that does not match: what, expected, found and remedy in one line.
+    :raises ValueError: the first thing that does not match: what, expected, found and remedy in one line.
     """
     manifest = Manifest.load(directory)
     tokenizer = manifest.tokenizer
@@ -151,12 +150,12 @@ def verify(
     ]
     for key, expected, found in expectations:
         if expected is not None and expected != found:
-            raise DataError(
+            raise ValueError(
                 f"{manifest.directory}: {key}: the run expects {expected}, the shards were made with {found}; "
                 "change the run's config or prepare the corpus with that tokenizer"
             )
     if not manifest.train_paths:
-        raise DataError(f"{manifest.directory}: expected training shards, found none in {NAME}; {_PREPARE} again")
+        raise ValueError(f"{manifest.directory}: expected training shards, found none in {NAME}; {_PREPARE} again")
     _check_tokenizer(manifest, hashes)
     for shard in manifest.shards:
         _check_shard(manifest, shard, hashes)
@@ -168,7 +167,7 @@ def verify(
 def verify_shard(manifest: Manifest, shard: Shard) -> None:
     """Read every byte of one shard: its SHA-256, and that every id is in the vocabulary.
 
-    :raises DataError: it is not what the manifest says.
+    :raises ValueError: it is not what the manifest says.
     """
     _check_shard(manifest, shard, hashes=True)
 
@@ -176,9 +175,9 @@ def verify_shard(manifest: Manifest, shard: Shard) -> None:
 def _check_tokenizer(manifest: Manifest, hashes: bool) -> None:
     path = manifest.tokenizer_path
     if not path.is_file():
-        raise DataError(f"{path}: expected the corpus's tokenizer, found no such file; {_PREPARE} again")
+        raise ValueError(f"{path}: expected the corpus's tokenizer, found no such file; {_PREPARE} again")
     if hashes and (found := hash_file(path).hexdigest()) != manifest.tokenizer.sha256:
-        raise DataError(f"{path}: expected SHA-256 {manifest.tokenizer.sha256}, found {found}; {_PREPARE} again")
+        raise ValueError(f"{path}: expected SHA-256 {manifest.tokenizer.sha256}, found {found}; {_PREPARE} again")
 
 
 def _check_shard(manifest: Manifest, shard: Shard, hashes: bool) -> None:
@@ -190,11 +189,11 @@ def _check_shard(manifest: Manifest, shard: Shard, hashes: bool) -> None:
         with open(path, "rb") as file:
             magic = file.read(6)
     except OSError as error:
-        raise DataError(f"{path}: expected a shard of {expected} bytes, found: {error.strerror}; {again}") from error
+        raise ValueError(f"{path}: expected a shard of {expected} bytes, found: {error.strerror}; {again}") from error
     if magic == b"\x93NUMPY":
-        raise DataError(f"{path}: expected headerless {manifest.dtype} ids, found an np.save file; {_PREPARE} instead")
+        raise ValueError(f"{path}: expected headerless {manifest.dtype} ids, found an np.save file; {_PREPARE} instead")
     if found != expected or found == 0:
-        raise DataError(
+        raise ValueError(
             f"{path}: expected {expected} bytes ({shard.tokens} {manifest.dtype} tokens), found {found}; {again}"
         )
     ids = np.memmap(path, dtype=manifest.dtype, mode="r")
@@ -202,9 +201,9 @@ def _check_shard(manifest: Manifest, shard: Shard, hashes: bool) -> None:
     parts = np.array_split(ids, -(-len(ids) // (1 << 24))) if hashes else [ids[:_SAMPLE], ids[-_SAMPLE:]]
     largest = max(int(part.max()) for part in parts)
     if largest >= limit:
-        raise DataError(f"{path}: expected ids below vocab_size={limit}, found {largest}; {_PREPARE} again")
+        raise ValueError(f"{path}: expected ids below vocab_size={limit}, found {largest}; {_PREPARE} again")
     if hashes and (digest := hash_file(path).hexdigest()) != shard.sha256:
-        raise DataError(f"{path}: expected SHA-256 {shard.sha256}, found {digest}; {again}")
+        raise ValueError(f"{path}: expected SHA-256 {shard.sha256}, found {digest}; {again}")
 
 
 def _check_length(manifest: Manifest, sequence_length: int) -> None:
@@ -213,7 +212,7 @@ def _check_length(manifest: Manifest, sequence_length: int) -> None:
         for split in ("train", "validation")
     }
     if (longest["train"] or 0) < sequence_length:
-        raise DataError(
+        raise ValueError(
             f"{manifest.directory}: sequence_length={sequence_length} is more than the {longest['train']} tokens of "
             "the largest training shard, so there is nothing to train on; shorten it or prepare more text"
         )

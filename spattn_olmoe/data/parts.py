@@ -9,7 +9,6 @@ from typing import Any
 
 from ..files import replace_file
 from .config import parse_part
-from .errors import DataError
 from .manifest import Manifest, verify
 from .progress import same_options
 
@@ -18,18 +17,18 @@ def merge(output: str | os.PathLike[str], *, hashes: bool = False) -> Manifest:
     """Write ``manifest.json`` over the folders ``part-*`` in ``output``. The shards stay where they are.
 
     :param hashes: read every shard and compare its SHA-256 first.
-    :raises DataError: a part is missing, unfinished, damaged, or was made with other options.
+    :raises ValueError: a part is missing, unfinished, damaged, or was made with other options.
     """
     folder = Path(output)
     found = sorted(folder.glob("part-*-of-*"))
     if not found:
-        raise DataError(f"{folder}: expected folders part-*-of-*, found none; prepare each with --part i/n")
+        raise ValueError(f"{folder}: expected folders part-*-of-*, found none; prepare each with --part i/n")
     parts = [_part(path, hashes) for path in found]
     n = parse_part(parts[0].part)[1]
     here = {parse_part(part.part) for part in parts}
     missing = [f"{i}/{n}" for i in range(n) if (i, n) not in here]
     if missing or len(parts) != n:
-        raise DataError(f"{folder}: expected {n} parts, found {len(parts)}; missing: {', '.join(missing) or 'none'}")
+        raise ValueError(f"{folder}: expected {n} parts, found {len(parts)}; missing: {', '.join(missing) or 'none'}")
     first = parts[0]
     for part in parts[1:]:
         same_options(part.directory, _shared(part), _shared(first))

@@ -32,7 +32,6 @@ from . import progress as progress_module
 from .chunks import Chunk, Position
 from .config import DataConfig, check
 from .encode import SPLITS, Encoded, start_worker, work
-from .errors import DataError
 from .manifest import Manifest, verify
 from .mixture import LAG, Mixture
 from .progress import Progress, same_options
@@ -57,16 +56,16 @@ def prepare(config: DataConfig, report: Report | None = None) -> Manifest:
 
     :param report: called after every chunk, for a progress bar.
     :returns: the manifest; at once where the corpus is complete already.
-    :raises DataError: whatever the user can mend, in one line. What was finished stays valid.
+    :raises ValueError: whatever the user can mend, in one line. What was finished stays valid.
     """
     check(config)
     try:
         return _prepare(config, report or (lambda _progress, _share: None))
     except OSError as error:
         remedy = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
-        raise DataError(f"{error.filename or config.output}: {error.strerror or error}{remedy}") from error
+        raise ValueError(f"{error.filename or config.output}: {error.strerror or error}{remedy}") from error
     except BrokenProcessPool as error:
-        raise DataError(
+        raise ValueError(
             "workers: a tokenising process was killed, as happens when memory runs out; run the same command again "
             "with fewer workers or a smaller max_document_bytes"
         ) from error
@@ -94,7 +93,7 @@ def _locked(folder: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
-        raise DataError(f"{folder}: another process is preparing it; wait for it or choose another output") from error
+        raise ValueError(f"{folder}: another process is preparing it; wait for it or choose another output") from error
     finally:
         os.close(handle)
 
@@ -102,7 +101,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _refuse_foreign_shards(folder: Path) -> None:
     for split in SPLITS:
         for path in folder.glob(f"{split}-*.bin*"):
-            raise DataError(
+            raise ValueError(
                 f"{path}: is there without {progress_module.NAME}; choose another output or delete the folder"
             )
 
@@ -231,7 +230,7 @@ class _Run:
             return
         self._checkpoint()
         last = json.loads((self.plan.folder / REJECTS).read_bytes().splitlines()[-1])
-        raise DataError(
+        raise ValueError(
             f"max_reject_share={limit}: {p.rejects} of {p.documents + p.rejects} documents were rejected "
             f"({p.reject_share:.1%}), the last in {last['file']}:{last['number']} ({last['reason']}); look at "
             f"{self.plan.folder / REJECTS}, mend the sources or raise max_reject_share"
@@ -268,7 +267,7 @@ class _Run:
     def _conclude(self) -> Manifest:
         self._checkpoint()
         if not self.progress.documents:
-            raise DataError(f"sources: hold no documents ({self.progress.rejects} rejected, see {REJECTS})")
+            raise ValueError(f"sources: hold no documents ({self.progress.rejects} rejected, see {REJECTS})")
         shards = [shard for split in SPLITS for shard in self.writers[split].close()]
         manifest = Manifest(
             directory=self.plan.folder,

@@ -11,7 +11,6 @@ import numpy as np
 
 from ..files import replace_file
 from .chunks import Position
-from .errors import DataError
 
 NAME = "progress.json"
 
@@ -85,25 +84,26 @@ class Progress:
     def load(cls, folder: Path, options: dict[str, Any], n_sources: int) -> Progress:
         """An earlier run's progress in this folder, or none yet.
 
-        :raises DataError: the earlier run had other options.
+        :raises ValueError: the earlier run had other options.
         """
         path = folder / NAME
         if not path.exists():
             return cls([SourceProgress() for _ in range(n_sources)])
         try:
             saved = json.loads(path.read_bytes())
-            same_options(folder, saved["options"], options)
-            content = saved["progress"]
+            earlier, content = saved["options"], saved["progress"]
             sources = [SourceProgress(**source) for source in content.pop("sources")]
-            return cls(sources=sources, **content)
-        except DataError:
-            raise
+            progress = cls(sources=sources, **content)
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}: is none of this version's; choose another output or delete {folder}") from error
+            raise ValueError(
+                f"{path}: was written by another version; choose another output or delete {folder}"
+            ) from error
+        same_options(folder, earlier, options)
+        return progress
 
 
 def same_options(folder: Path, found: Any, asked: Any, key: str = "") -> None:
-    """:raises DataError: the first option in which an existing output and this run differ."""
+    """:raises ValueError: the first option in which an existing output and this run differ."""
     if isinstance(found, dict) and isinstance(asked, dict) and found.keys() == asked.keys():
         for name in asked:
             same_options(folder, found[name], asked[name], f"{key}.{name}" if key else name)
@@ -111,7 +111,7 @@ def same_options(folder: Path, found: Any, asked: Any, key: str = "") -> None:
         for i, (old, new) in enumerate(zip(found, asked, strict=True)):
             same_options(folder, old, new, f"{key}[{i}]")
     elif json.loads(json.dumps(asked)) != found:
-        raise DataError(
+        raise ValueError(
             f"{folder}: holds work with other options: {key}: expected {_short(asked)}, found {_short(found)}; "
             "ask for the same options, choose another output, or delete the folder"
         )

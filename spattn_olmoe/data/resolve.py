@@ -17,7 +17,6 @@ from .chunks import CHUNK_BYTES, CHUNK_DOCUMENTS, Position, Reject
 from .config import DataConfig, parse_part
 from .documents import texts
 from .encode import Settings
-from .errors import DataError
 from .manifest import FORMAT, TokenizerRecord
 from .mixture import LAG
 from .sources import Source, open_source, reading_order
@@ -83,7 +82,7 @@ def part_folder(output: str, part: str) -> Path:
 def make_plan(config: DataConfig) -> Plan:
     """Find the files and the tokenizer (train it where that is asked for), and choose the dtype.
 
-    :raises DataError: a source, a tokenizer or an output folder that cannot be had.
+    :raises ValueError: a source, a tokenizer or an output folder that cannot be had.
     """
     part, n_parts = parse_part(config.part)
     folder = part_folder(config.output, config.part)
@@ -91,7 +90,7 @@ def make_plan(config: DataConfig) -> Plan:
     orders = []
     for i, source in enumerate(sources):
         if len(source.files) < n_parts:
-            raise DataError(
+            raise ValueError(
                 f"part={config.part}: sources[{i}] has {len(source.files)} files, too few for {n_parts} parts"
             )
         orders.append(reading_order(source.files, config.seed if config.shuffle_files else None, part, n_parts))
@@ -114,13 +113,13 @@ def make_plan(config: DataConfig) -> Plan:
 
 
 def make_folder(folder: Path) -> None:
-    """:raises DataError: it cannot be made or written to."""
+    """:raises ValueError: it cannot be made or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"output: {folder}: {error.strerror}") from error
+        raise ValueError(f"output: {folder}: {error.strerror}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise DataError(f"output: {folder}: no permission to write in it")
+        raise ValueError(f"output: {folder}: no permission to write in it")
 
 
 def _tokenizer_bytes(config: DataConfig, sources: list[Source]) -> tuple[bytes, str]:
@@ -129,7 +128,7 @@ def _tokenizer_bytes(config: DataConfig, sources: list[Source]) -> tuple[bytes, 
     path = Path(config.output) / TOKENIZER_FILE
     if not path.is_file():
         if parse_part(config.part)[1] > 1:
-            raise DataError(
+            raise ValueError(
                 "tokenizer.train_vocab_size: cannot be used with parts, each machine would train on its own; train "
                 "one first on a small corpus and give its tokenizer.json as tokenizer.identifier"
             )
@@ -161,13 +160,13 @@ def _describe_tokenizer(config: DataConfig, data: bytes, origin: str) -> tuple[T
     tokenizer = parse_tokenizer(data, name)
     size = vocab_size(tokenizer)
     if section.train_vocab_size not in (None, size):
-        raise DataError(
+        raise ValueError(
             f"tokenizer.train_vocab_size: expected {section.train_vocab_size}, found {size} ids in the "
             f"{TOKENIZER_FILE} of an earlier run in {config.output}; choose another output"
         )
     smallest = "uint16" if size <= np.iinfo(np.uint16).max + 1 else "uint32"
     if config.dtype == "uint16" and smallest != "uint16":
-        raise DataError(f"dtype=uint16: holds ids below 65536, the tokenizer has {size}; use uint32 or auto")
+        raise ValueError(f"dtype=uint16: holds ids below 65536, the tokenizer has {size}; use uint32 or auto")
     record = TokenizerRecord(
         identifier=name,
         origin=origin,

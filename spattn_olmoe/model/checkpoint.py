@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from olmo_core.distributed.utils import get_world_size
-from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.generate.generation_module import TransformerGenerationModule
 from olmo_core.nn.transformer import TransformerConfig
 from tokenizers import Tokenizer
@@ -43,16 +42,16 @@ class Checkpoint:
         """Find the checkpoint in a folder and compare its config with its ``attention.json``.
 
         :param follows_input: bands of the input's length or not, instead of what the checkpoint was trained with.
-        :raises OLMoConfigurationError: there is none, it does not say what attention it has, or contradicts itself.
+        :raises ValueError: there is none, it does not say what attention it has, or contradicts itself.
         """
         if follows_input not in (None, True, False):
-            raise OLMoConfigurationError(f"follows_input={follows_input!r}: must be true or false")
+            raise ValueError(f"follows_input={follows_input!r}: must be true or false")
         path = resolve_checkpoint(folder)
         config = read_checkpoint_config(path)
         try:
             model = TransformerConfig.from_dict(config["model"])
         except KeyError as error:
-            raise OLMoConfigurationError(f"{path}/config.json has no {error}: it describes no model") from None
+            raise ValueError(f"{path}/config.json has no {error}: it describes no model") from None
         _check_fingerprint(path, model)
         if follows_input is not None:
             model = with_follows_input(model, follows_input)
@@ -81,14 +80,14 @@ class Checkpoint:
             try:
                 tokenizer = load_tokenizer(self.path)
             except ValueError as error:
-                raise OLMoConfigurationError(
+                raise ValueError(
                     f"{self.path} has no tokenizer.json, and: {error}; give the file with tokenizer=FILE"
                 ) from None
         else:
             data, _ = find_tokenizer(TokenizerSection(identifier=str(override)))
             tokenizer = parse_tokenizer(data, str(override))
         if (size := vocab_size(tokenizer)) > self.model.vocab_size:
-            raise OLMoConfigurationError(
+            raise ValueError(
                 f"tokenizer of {self.path}: it has {size} ids but the model only {self.model.vocab_size}: "
                 "give the one the model was trained with"
             )
@@ -98,7 +97,7 @@ class Checkpoint:
         """The model with its weights.
 
         :param device: by default the GPU, where there is one, and on several ranks each one's own.
-        :raises OLMoConfigurationError: files of the checkpoint are missing or cut off, or there is no such device.
+        :raises ValueError: files of the checkpoint are missing or cut off, or there is no such device.
         """
         try:
             return load_generator(self.path, _device(device) if device else None, model=self.model)
@@ -106,7 +105,7 @@ class Checkpoint:
             cause: BaseException = error
             if isinstance(error, CheckpointException):  # its own message is a list of ranks
                 cause, _ = next(iter(error.failures.values()))
-            raise OLMoConfigurationError(
+            raise ValueError(
                 f"checkpoint {self.path} cannot be read, a file is missing, cut off or damaged "
                 f"({type(cause).__name__}: {cause}): restore it, or name an older stepN"
             ) from error
@@ -116,11 +115,11 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise OLMoConfigurationError(f"device={name}: not a device; say cpu, cuda or cuda:N") from None
+        raise ValueError(f"device={name}: not a device; say cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OLMoConfigurationError(f"device={name}: there is no such GPU here; say cpu to do without")
+        raise ValueError(f"device={name}: there is no such GPU here; say cpu to do without")
     if device.index is not None and get_world_size() > 1:
-        raise OLMoConfigurationError(f"device={name}: {get_world_size()} ranks cannot share it; leave it to each rank")
+        raise ValueError(f"device={name}: {get_world_size()} ranks cannot share it; leave it to each rank")
     return device
 
 
@@ -128,11 +127,11 @@ def _check_fingerprint(path: str, model: TransformerConfig) -> None:
     """Raise unless a checkpoint says what attention it was trained with, and its config says the same."""
     stated, described = Fingerprint.read(path), Fingerprint.of(model)
     if stated is None:
-        raise OLMoConfigurationError(
+        raise ValueError(
             f"checkpoint {path} does not say what attention it was trained with ({FILE_NAME} is missing): "
             "restore that file from the run's folder"
         )
     if stated != described:
-        raise OLMoConfigurationError(
+        raise ValueError(
             f"checkpoint {path} contradicts itself: {FILE_NAME} says {stated}, config.json {described}; restore both files"
         )

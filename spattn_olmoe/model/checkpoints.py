@@ -17,7 +17,6 @@ from typing import ClassVar
 
 from olmo_core.aliases import PathOrStr
 from olmo_core.distributed.utils import broadcast_object, get_rank, get_world_size
-from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.io import is_url, normalize_path
 from olmo_core.train import Checkpointer
 from olmo_core.train.callbacks import Callback
@@ -81,7 +80,7 @@ def find_checkpoint(folder: PathOrStr, *, verify: bool = True) -> str | None:
     a warning. None where no checkpoint was ever completed.
 
     :param verify: read all of it, to compare it with its checksums; without, a complete one is taken to be intact.
-    :raises OLMoConfigurationError: there are complete checkpoints, and all of them are damaged.
+    :raises ValueError: there are complete checkpoints, and all of them are damaged.
     """
     complete, unfinished = broadcast_object(_candidates(folder) if get_rank() == 0 else ([], []))
     damaged: list[str] = []
@@ -94,7 +93,7 @@ def find_checkpoint(folder: PathOrStr, *, verify: bool = True) -> str | None:
             return checkpoint
         damaged.append(problem)
     if damaged:
-        raise OLMoConfigurationError(
+        raise ValueError(
             f"no checkpoint in {folder} is intact: {'; '.join(damaged)}. Restore one from a copy, or give the run another "
             "trainer.save_folder to start anew"
         )
@@ -106,13 +105,11 @@ def find_checkpoint(folder: PathOrStr, *, verify: bool = True) -> str | None:
 def resolve_checkpoint(folder: PathOrStr) -> str:
     """As :func:`find_checkpoint`, for a command that cannot do without one.
 
-    :raises OLMoConfigurationError: there is none, or none that is intact.
+    :raises ValueError: there is none, or none that is intact.
     """
     found = find_checkpoint(folder)
     if found is None:
-        raise OLMoConfigurationError(
-            f"--checkpoint {folder}: neither a complete checkpoint nor a folder of checkpoints (stepN/)"
-        )
+        raise ValueError(f"--checkpoint {folder}: neither a complete checkpoint nor a folder of checkpoints (stepN/)")
     return found
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from cached_path import cached_path
-from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.transformer import TransformerConfig
 
 from ..patterns import build_pattern
@@ -54,9 +53,9 @@ class Fingerprint:
             except FileNotFoundError:
                 continue
             except (ValueError, KeyError, TypeError) as error:  # no text and no JSON are ValueErrors both
-                raise OLMoConfigurationError(f"{path} is damaged ({error}): restore it") from None
+                raise ValueError(f"{path} is damaged ({error}): restore it") from None
             if len(found.layers) != found.shape["n_layers"]:
-                raise OLMoConfigurationError(f"{path} is damaged ({len(found.layers)} layers): restore it")
+                raise ValueError(f"{path} is damaged ({len(found.layers)} layers): restore it")
             return found
         return None
 
@@ -73,18 +72,18 @@ def check_checkpoint(checkpoint: str, model: TransformerConfig, *, allow_attenti
     """Raise unless a checkpoint's attention and shape are those of ``model``.
 
     :param allow_attention_change: let another attention type pass; the returned text says what changed.
-    :raises OLMoConfigurationError: they differ, or the checkpoint does not say.
+    :raises ValueError: they differ, or the checkpoint does not say.
     """
     here, there = Fingerprint.of(model), Fingerprint.read(checkpoint)
     remedy = "set allow_attention_change=true to load it all the same"
     if there is None:
         message = f"checkpoint {checkpoint} does not say what attention it was trained with ({FILE_NAME} is missing)"
         if not allow_attention_change:
-            raise OLMoConfigurationError(f"{message}: {remedy}")
+            raise ValueError(f"{message}: {remedy}")
         return message
     for key, value in there.shape.items():
         if here.shape.get(key) != value:
-            raise OLMoConfigurationError(
+            raise ValueError(
                 f"checkpoint {checkpoint} has model.{key}={value} but this config has {here.shape.get(key)}: "
                 "use the checkpoint's config, or another trainer.save_folder"
             )
@@ -94,6 +93,6 @@ def check_checkpoint(checkpoint: str, model: TransformerConfig, *, allow_attenti
                 f"checkpoint {checkpoint} was trained with attention {its} in layer {layer} but this config has {mine}"
             )
             if not allow_attention_change:
-                raise OLMoConfigurationError(f"{message}: use that type, another trainer.save_folder, or {remedy}")
+                raise ValueError(f"{message}: use that type, another trainer.save_folder, or {remedy}")
             return message
     return None

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.generate.generation_module import GenerationConfig, TransformerGenerationModule
 from olmo_core.nn.transformer import TransformerConfig
 from tokenizers import Tokenizer
@@ -25,7 +24,7 @@ def read_checkpoint_config(checkpoint: str | Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise OLMoConfigurationError(f"{path} is missing: the checkpoint does not say what model it is") from None
+        raise ValueError(f"{path} is missing: the checkpoint does not say what model it is") from None
 
 
 def load_tokenizer(checkpoint: str | Path) -> Tokenizer:
@@ -65,7 +64,7 @@ def generate(
     tokenizer = load_tokenizer(checkpoint)
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     if not ids:
-        raise OLMoConfigurationError("--prompt is empty: give at least one character")
+        raise ValueError("--prompt is empty: give at least one character")
     module = load_generator(checkpoint)
     torch.manual_seed(seed)
     with torch.no_grad():

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention import AttentionConfig
 from olmo_core.nn.layer_norm import LayerNormType
 from olmo_core.nn.moe.router import MoERouterGatingFunction
@@ -78,7 +77,7 @@ def to_transformers(state: dict[str, Tensor], model: TransformerConfig) -> dict[
 def transformers_config(model: TransformerConfig, *, max_length: int, eos_token_id: int, pad_token_id: int) -> Any:
     """The ``OlmoeConfig`` of a model config, its patterns included.
 
-    :raises OLMoConfigurationError: the model is not the published OLMoE, which is all that transformers can be.
+    :raises ValueError: the model is not the published OLMoE, which is all that transformers can be.
     """
     from transformers import OlmoeConfig
 
@@ -110,27 +109,25 @@ def transformers_config(model: TransformerConfig, *, max_length: int, eos_token_
 def _published_block(model: TransformerConfig) -> TransformerBlockConfig:
     """The block of every layer.
 
-    :raises OLMoConfigurationError: something in the model that ``OlmoeForCausalLM`` has no place for would be lost.
+    :raises ValueError: something in the model that ``OlmoeForCausalLM`` has no place for would be lost.
     """
     block = model.block
     if not isinstance(block, TransformerBlockConfig) or block.name != TransformerBlockType.moe:
-        raise OLMoConfigurationError("model.block.name must be 'moe' (pre-norm): transformers has no other OLMoE")
+        raise ValueError("model.block.name must be 'moe' (pre-norm): transformers has no other OLMoE")
     for layer, own in (model.block_overrides or {}).items():
         if replace(own, sequence_mixer=block.sequence_mixer) != block:
-            raise OLMoConfigurationError(
-                f"model.block_overrides: layer {layer} differs in more than its attention type"
-            )
+            raise ValueError(f"model.block_overrides: layer {layer} differs in more than its attention type")
     mixers = [b.sequence_mixer for b in (block, *(model.block_overrides or {}).values())]
     for mixer in mixers:
         _require_published_mixer(mixer, model.d_model)
     if len({(m.n_heads, m.n_kv_heads) for m in mixers if isinstance(m, AttentionConfig)}) > 1:
-        raise OLMoConfigurationError("model.block_overrides: transformers wants equally many heads in all layers")
+        raise ValueError("model.block_overrides: transformers wants equally many heads in all layers")
     moe, norm, head = block.feed_forward_moe, block.layer_norm, model.lm_head
     rms = [(f"{where}layer_norm", n) for where, n in (("model.block.", norm), ("model.lm_head.", head.layer_norm))]
     rms += [("model.block.sequence_mixer.qk_norm", m.qk_norm) for m in mixers if isinstance(m, AttentionConfig)]
     for name, one in rms:
         if one is None or norm is None or one.name != LayerNormType.rms or one.bias is not False or one.eps != norm.eps:
-            raise OLMoConfigurationError(f"{name} must be rms without bias, with one eps for all, as in OLMoE")
+            raise ValueError(f"{name} must be rms without bias, with one eps for all, as in OLMoE")
     router = moe.router if moe is not None else None
     others = {
         "model.block.feed_forward_moe": (moe is not None, "set"),
@@ -156,7 +153,7 @@ def _published_block(model: TransformerConfig) -> TransformerBlockConfig:
 
 def _require_published_mixer(mixer: Any, d_model: int) -> None:
     if not isinstance(mixer, AttentionConfig) or mixer.rope is None:
-        raise OLMoConfigurationError("model.block.sequence_mixer must be attention with rope, as in OLMoE")
+        raise ValueError("model.block.sequence_mixer must be attention with rope, as in OLMoE")
     rope = mixer.rope
     wanted = {
         "bias": (mixer.bias is False, "false"),
@@ -173,7 +170,7 @@ def _require_published_mixer(mixer: Any, d_model: int) -> None:
 def _require(conditions: dict[str, tuple[bool, str]]) -> None:
     for key, (met, value) in conditions.items():
         if not met:
-            raise OLMoConfigurationError(f"{key} must be {value}, as in OLMoE: transformers has no place for it")
+            raise ValueError(f"{key} must be {value}, as in OLMoE: transformers has no place for it")
 
 
 def register_with_transformers() -> None:

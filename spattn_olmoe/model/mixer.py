@@ -16,7 +16,6 @@ from olmo_core.distributed.parallel.context_parallel import (
     all_to_all_single_cp2hp,
     all_to_all_single_hp2cp,
 )
-from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention import Attention, AttentionBackend, AttentionConfig, AttentionType
 from olmo_core.nn.attention.base import SequenceMixerConfig
 from olmo_core.nn.attention.kv_cache import KVCacheManager
@@ -66,37 +65,32 @@ class PatternAttentionConfig(AttentionConfig):
     def build_pattern(self) -> Pattern:
         """The pattern of this config.
 
-        :raises OLMoConfigurationError: unknown type or option, or a band length that does not fit.
+        :raises ValueError: unknown type or option, or a band length that does not fit.
         """
-        try:
-            return build_pattern(
-                self.pattern, n_heads=self.n_heads, band_length=self.band_length, **dict(self.pattern_options)
-            )
-        except ValueError as error:
-            raise OLMoConfigurationError(str(error)) from None
+        return build_pattern(
+            self.pattern, n_heads=self.n_heads, band_length=self.band_length, **dict(self.pattern_options)
+        )
 
     def validate(self) -> None:
-        """Raise an OLMoConfigurationError where an option cannot be honoured."""
+        """Raise a ValueError where an option cannot be honoured."""
         if self.dropout:
-            raise OLMoConfigurationError(
+            raise ValueError(
                 f"attention dropout={self.dropout} is not supported: no kernel of spattn_olmoe drops weights; set it to 0"
             )
         if self.impl != "auto" and self.impl not in IMPLEMENTATIONS:
-            raise OLMoConfigurationError(
-                f"attention.impl={self.impl!r} is unknown (known: auto, {', '.join(IMPLEMENTATIONS)})"
-            )
+            raise ValueError(f"attention.impl={self.impl!r} is unknown (known: auto, {', '.join(IMPLEMENTATIONS)})")
         if self.name != AttentionType.default:
-            raise OLMoConfigurationError(f"attention name={str(self.name)!r} has no patterns: use 'default'")
+            raise ValueError(f"attention name={str(self.name)!r} has no patterns: use 'default'")
         if self.rope is not None and self.rope.no_global_rope:
-            raise OLMoConfigurationError("rope.no_global_rope=true is not supported with an attention pattern")
+            raise ValueError("rope.no_global_rope=true is not supported with an attention pattern")
         for f in fields(AttentionConfig):
             harmless = (*_SUPPORTED, "name", "dropout", "backend", "use_flash")
             if f.name not in harmless and getattr(self, f.name) not in (None, False, f.default):
-                raise OLMoConfigurationError(
+                raise ValueError(
                     f"attention {f.name}={getattr(self, f.name)!r} is not supported with an attention pattern: leave it unset"
                 )
         if self.n_kv_heads and self.n_heads % self.n_kv_heads:
-            raise OLMoConfigurationError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
+            raise ValueError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
 
     def build(
         self,
@@ -112,7 +106,7 @@ class PatternAttentionConfig(AttentionConfig):
         if self.backend is not None or self.use_flash:
             _warn_backend(str(self.backend) if self.backend is not None else "flash_2", self.impl)
         if self.head_dim is None and d_model % self.n_heads:
-            raise OLMoConfigurationError(f"d_model={d_model} must be a multiple of n_heads={self.n_heads}")
+            raise ValueError(f"d_model={d_model} must be a multiple of n_heads={self.n_heads}")
         dense = {name: getattr(self, name) for name in _SUPPORTED if getattr(self, name) is not None}
         dense["dtype"] = self.dtype.as_pt()
         return PatternAttention(
@@ -144,7 +138,7 @@ class PatternAttention(Attention):
         """Shard heads over ranks; each keeps the bands of its global heads."""
         degree = tp_mesh.size()
         if self.n_heads % degree or self.n_kv_heads % degree:
-            raise OLMoConfigurationError(
+            raise ValueError(
                 f"tensor parallel degree {degree} must divide n_heads={self.n_heads} and n_kv_heads={self.n_kv_heads}"
             )
         super().apply_tp(tp_mesh, *args, **kwargs)
@@ -154,7 +148,7 @@ class PatternAttention(Attention):
         """Ulysses context parallelism: ranks exchange sequence for heads around the attention."""
         degree = cp_mesh.size()
         if self.n_heads % degree or self.n_kv_heads % degree:
-            raise OLMoConfigurationError(
+            raise ValueError(
                 f"context parallel degree {degree} must divide n_heads={self.n_heads} and n_kv_heads={self.n_kv_heads}"
             )
         super().apply_cp(cp_mesh, *args, **kwargs)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention import AttentionConfig
 from olmo_core.nn.transformer import TransformerBlockConfig, TransformerConfig
 
@@ -58,22 +57,17 @@ def plan_attention(section: Mapping[str, Any], *, band_length: int, ranks: int =
 
     :param ranks: ranks that share the heads: the degrees of tensor and context parallelism, multiplied.
 
-    :raises OLMoConfigurationError: a key that no type knows, or a value that does not fit.
+    :raises ValueError: a key that no type knows, or a value that does not fit.
     """
     type_ = section.get("type", BASELINE)
     if not isinstance(type_, str):
-        raise OLMoConfigurationError(
-            f"attention.type={type_!r}: must be a name (known: {', '.join(available_patterns())})"
-        )
-    try:
-        reads = pattern_options(type_)
-    except ValueError as error:
-        raise OLMoConfigurationError(str(error)) from None
+        raise ValueError(f"attention.type={type_!r}: must be a name (known: {', '.join(available_patterns())})")
+    reads = pattern_options(type_)
     by_other_types = {option for name in available_patterns() for option in pattern_options(name)}
     known = {*_SECTION, *reads, *by_other_types}
     for key in section:
         if key not in known:
-            raise OLMoConfigurationError(
+            raise ValueError(
                 f"attention.{key} is not a key of the attention section{nearest(str(key), known)} "
                 f"(known: {', '.join(sorted(known))})"
             )
@@ -96,9 +90,7 @@ def _layers(value: Any) -> tuple[int, ...] | None:
     if value is None or value == "all":
         return None
     if not isinstance(value, (list, tuple)) or not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
-        raise OLMoConfigurationError(
-            f"attention.layers={value!r}: must be 'all' or a list of layer numbers such as [0,2]"
-        )
+        raise ValueError(f"attention.layers={value!r}: must be 'all' or a list of layer numbers such as [0,2]")
     return tuple(sorted(set(value)))
 
 
@@ -107,7 +99,7 @@ def with_attention(model: TransformerConfig, *, band_length: int, **section: Any
 
     :param band_length: band length ``N``: the sequence length of training.
     :param section: ``type``, ``impl``, ``layers`` and options, as in the YAML: ``type="spattention", local_sharing=True``.
-    :raises OLMoConfigurationError: the section is wrong, or the model has no OLMo-core attention to replace.
+    :raises ValueError: the section is wrong, or the model has no OLMo-core attention to replace.
     """
     return attach(model, plan_attention(section, band_length=band_length))
 
@@ -116,13 +108,11 @@ def attach(model: TransformerConfig, plan: AttentionPlan) -> TransformerConfig:
     """:func:`with_attention` for a section that has been checked."""
     block = model.block
     if not isinstance(block, TransformerBlockConfig):
-        raise OLMoConfigurationError("model.block must be one block for all layers: named blocks are not supported")
+        raise ValueError("model.block must be one block for all layers: named blocks are not supported")
     chosen = range(model.n_layers) if plan.layers is None else plan.layers
     for layer in chosen:
         if not 0 <= layer < model.n_layers:
-            raise OLMoConfigurationError(
-                f"attention.layers has {layer} but the model has layers 0 to {model.n_layers - 1}"
-            )
+            raise ValueError(f"attention.layers has {layer} but the model has layers 0 to {model.n_layers - 1}")
 
     baseline = replace(plan, type=BASELINE, options={k: v for k, v in plan.options.items() if k == "follows_input"})
     model = copy.deepcopy(model)
@@ -138,11 +128,11 @@ def attach(model: TransformerConfig, plan: AttentionPlan) -> TransformerConfig:
 def _with_mixer(block: TransformerBlockConfig, plan: AttentionPlan, d_model: int) -> TransformerBlockConfig:
     dense = block.sequence_mixer
     if not isinstance(dense, AttentionConfig):
-        raise OLMoConfigurationError(
+        raise ValueError(
             f"model.block.sequence_mixer is a {type(dense).__name__}: attention types replace OLMo-core's attention only"
         )
     if dense.head_dim is None and d_model % dense.n_heads:
-        raise OLMoConfigurationError(
+        raise ValueError(
             f"model.d_model={d_model} must be a multiple of model.block.sequence_mixer.n_heads={dense.n_heads}"
         )
     shared = {f.name: copy.deepcopy(getattr(dense, f.name)) for f in fields(AttentionConfig)}
@@ -163,7 +153,7 @@ def _with_mixer(block: TransformerBlockConfig, plan: AttentionPlan, d_model: int
 def with_follows_input(model: TransformerConfig, follows_input: bool) -> TransformerConfig:
     """A copy of a model config with patterns, whose bands follow the input's length, or do not.
 
-    :raises OLMoConfigurationError: a layer has no pattern.
+    :raises ValueError: a layer has no pattern.
     """
     model = copy.deepcopy(model)
     assert isinstance(model.block, TransformerBlockConfig)
@@ -182,5 +172,5 @@ def layer_patterns(model: TransformerConfig) -> Iterator[Pattern]:
         block = (model.block_overrides or {}).get(layer, model.block)
         mixer = block.sequence_mixer
         if not isinstance(mixer, PatternAttentionConfig):
-            raise OLMoConfigurationError(f"layer {layer} has no attention pattern but a {type(mixer).__name__}")
+            raise ValueError(f"layer {layer} has no attention pattern but a {type(mixer).__name__}")
         yield mixer.build_pattern()

@@ -209,7 +209,7 @@ def plan_runs(
     :param config: another model than the scale's.
     :param overrides: ``key=value`` for all runs.
     :param variants: other variants than the table's.
-    :raises OLMoConfigurationError: a config that does not exist or a key that is wrong.
+    :raises ValueError: a config that does not exist or a key that is wrong.
     """
     runs = []
     own = config or scale.config

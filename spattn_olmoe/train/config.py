@@ -87,7 +87,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 
     :param path: a YAML file, which may extend others.
     :param overrides: ``key=value`` items, dots for nesting: ``train_module.optim.lr=1e-4``.
-    :raises OLMoConfigurationError: with one line that names the file or key, and what would be right.
+    :raises ValueError: with one line that names the file or key, and what would be right.
     """
     return decode_experiment(read_yaml(path, overrides))
 
@@ -95,12 +95,12 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 def show(path: str | Path, overrides: Sequence[str], key: str) -> Any:
     """One value of a resolved config, by its dotted key.
 
-    :raises OLMoConfigurationError: there is no such key, or the config is wrong.
+    :raises ValueError: there is no such key, or the config is wrong.
     """
     value: Any = read_yaml(path, overrides)
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
-            raise OLMoConfigurationError(f"--show {key}: there is no such key{nearest(part, value)}")
+            raise ValueError(f"--show {key}: there is no such key{nearest(part, value)}")
         value = value[part]
     return value
 
@@ -113,7 +113,7 @@ def decode_experiment(data: dict[str, Any]) -> ExperimentConfig:
     except OLMoConfigurationError:
         raise
     except Exception as error:  # the decoder raises types of its own for values that fit no field
-        raise OLMoConfigurationError(f"config: {_first_line(error)}") from error
+        raise ValueError(f"config: {_first_line(error)}") from error
     return config
 
 
@@ -122,33 +122,33 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     merged = _read_with_bases(Path(path), ())
     for item in overrides:
         if "=" not in item or item.startswith("-"):
-            raise OLMoConfigurationError(f"argument {item!r} is not of the form key=value")
+            raise ValueError(f"argument {item!r} is not of the form key=value")
     try:
         complete = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
         data = OmegaConf.to_container(complete, resolve=True)
     except OmegaConfBaseException as error:
-        raise OLMoConfigurationError(f"{path}: {_first_line(error)}") from error
+        raise ValueError(f"{path}: {_first_line(error)}") from error
     return typing.cast(dict[str, Any], data)
 
 
 def _read_with_bases(path: Path, extending: tuple[Path, ...]) -> DictConfig:
     path = path.resolve()
     if path in extending:
-        raise OLMoConfigurationError(f"{path} extends itself: {' -> '.join(p.name for p in (*extending, path))}")
+        raise ValueError(f"{path} extends itself: {' -> '.join(p.name for p in (*extending, path))}")
     if not path.is_file():
         by = f", which {extending[-1]} extends," if extending else ""
-        raise OLMoConfigurationError(f"config file {path}{by} does not exist")
+        raise ValueError(f"config file {path}{by} does not exist")
     try:
         config = typing.cast(DictConfig, OmegaConf.load(path))
     except Exception as error:  # YAML errors, encoding errors and OmegaConf's own have no common type
-        raise OLMoConfigurationError(f"{path} is not valid YAML: {_first_line(error)}") from error
+        raise ValueError(f"{path} is not valid YAML: {_first_line(error)}") from error
     if not isinstance(config, DictConfig):
-        raise OLMoConfigurationError(f"{path} must hold a mapping of sections")
+        raise ValueError(f"{path} must hold a mapping of sections")
     base = config.pop("extends", None)
     if base is None:
         return config
     if not isinstance(base, str):
-        raise OLMoConfigurationError(f"{path}: extends={base} must be the name of one file")
+        raise ValueError(f"{path}: extends={base} must be the name of one file")
     below = _read_with_bases(path.parent / base, (*extending, path))
     return typing.cast(DictConfig, OmegaConf.merge(below, config))
 
@@ -170,7 +170,7 @@ def check_keys(data: Any, expected: Any, where: str = "") -> None:
                 continue
             full = f"{where}.{key}" if where else str(key)
             if key not in hints:
-                raise OLMoConfigurationError(f"{full} is not a key of {cls.__name__}{nearest(str(key), hints)}")
+                raise ValueError(f"{full} is not a key of {cls.__name__}{nearest(str(key), hints)}")
             check_keys(value, hints[key], full)
         return
     inner = _element_type(expected)
@@ -204,7 +204,7 @@ def _check_value(value: Any, expected: Any, where: str) -> None:
             allowed.append(name)
         else:
             return  # a class of its own: the decoder knows
-    raise OLMoConfigurationError(f"{where}={value!r}: must be {' or '.join(allowed)}")
+    raise ValueError(f"{where}={value!r}: must be {' or '.join(allowed)}")
 
 
 _PLAIN: dict[Any, tuple[Any, str]] = {
@@ -260,9 +260,9 @@ def _import_class(name: str, where: str) -> type:
     try:
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError):
-        raise OLMoConfigurationError(f"{where}._CLASS_={name!r}: there is no such class") from None
+        raise ValueError(f"{where}._CLASS_={name!r}: there is no such class") from None
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise OLMoConfigurationError(f"{where}._CLASS_={name!r}: is not a config class")
+        raise ValueError(f"{where}._CLASS_={name!r}: is not a config class")
     return cls
 
 
@@ -271,7 +271,7 @@ def _registered(base: type[Registrable], name: str, where: str) -> type:
         return base
     known = base.get_registered_names()
     if name not in known:
-        raise OLMoConfigurationError(
+        raise ValueError(
             f"{where}.type={name!r} is not a {base.__name__}{nearest(str(name), known)} (known: {', '.join(sorted(known))})"
         )
     return base.get_registered_class(name)

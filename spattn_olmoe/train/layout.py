@@ -23,10 +23,6 @@ RECOMPUTABLE = ("attention_norm", "attention", "feed_forward_norm", "feed_forwar
 """Parts of a block that activation checkpointing may wrap. The router may not: it counts what it routes."""
 
 
-class NotModelled(ValueError):
-    """A setting that the memory model does not know."""
-
-
 @dataclass(frozen=True)
 class Layout:
     """Ranks, and what each of them holds.
@@ -86,13 +82,13 @@ class Layout:
     def of(cls, config: ExperimentConfig, ranks: int) -> Layout:
         """The layout that a config asks for on a number of ranks; :func:`check_layout` says whether it can be.
 
-        :raises NotModelled: pipeline parallelism, ring attention or a way of checkpointing that is not modelled.
+        :raises ValueError: pipeline parallelism, ring attention or a way of checkpointing that is not modelled.
         """
         module = config.train_module
         if module.pp_config is not None:
-            raise NotModelled("train_module.pp_config: pipeline parallelism is not modelled; unset it to plan")
+            raise ValueError("train_module.pp_config: pipeline parallelism is not modelled; unset it to plan")
         if module.cp_config is not None and module.cp_config.ring is not None:
-            raise NotModelled("train_module.cp_config.ring is not supported: use train_module.cp_config.uly={}")
+            raise ValueError("train_module.cp_config.ring is not supported: use train_module.cp_config.uly={}")
         tensor, context, expert = (
             part.degree if part is not None else 1 for part in (module.tp_config, module.cp_config, module.ep_config)
         )
@@ -169,17 +165,17 @@ def _recomputed(ac: TransformerActivationCheckpointingConfig | None) -> frozense
     if ac is None:
         return frozenset()
     if ac.mode in (Checkpointing.full, Checkpointing.selected_blocks):
-        raise NotModelled(
+        raise ValueError(
             f"train_module.ac_config.mode={ac.mode}: OLMo-core wraps no block of a mixture of experts; use selected_modules "
             f"with modules=[{','.join(f'blocks.*.{part}' for part in RECOMPUTABLE)}]"
         )
     if ac.mode != Checkpointing.selected_modules:
-        raise NotModelled(f"train_module.ac_config.mode={ac.mode} is not modelled: use selected_modules")
+        raise ValueError(f"train_module.ac_config.mode={ac.mode} is not modelled: use selected_modules")
     parts = {part: [g for g in ac.modules or [] if fnmatch(f"blocks.0.{part}", g)] for part in RECOMPUTABLE}
     known = {glob for globs in parts.values() for glob in globs}
     for glob in ac.modules or []:
         if glob not in known:
-            raise NotModelled(
+            raise ValueError(
                 f"train_module.ac_config.modules has {glob}, which is not modelled (modelled: "
                 f"{', '.join(f'blocks.*.{part}' for part in RECOMPUTABLE)})"
             )

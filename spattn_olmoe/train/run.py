@@ -42,7 +42,7 @@ def prepare(config: ExperimentConfig, *, verify_data: bool = False) -> Trainer:
     """Everything up to the first step. Call it once per process; then ``trainer.fit()`` trains, or goes on training.
 
     :param verify_data: also compare the data's hashes with the manifest's, which reads all of it.
-    :raises OLMoConfigurationError: the config, the data or the checkpoint does not fit; nothing but the lock has been written
+    :raises ValueError: the config, the data or the checkpoint does not fit; nothing but the lock has been written
         then.
     :raises ValueError: another run writes the save folder.
     """
@@ -128,32 +128,32 @@ def _has(callbacks: Any, kind: type) -> bool:
 
 
 def check(config: ExperimentConfig) -> None:
-    """Raise an OLMoConfigurationError for what can be seen from the config alone, on any machine."""
+    """Raise a ValueError for what can be seen from the config alone, on any machine."""
     model = config.model_with_attention()
     T, module = config.sequence_length, config.train_module
     if module.max_sequence_length < T:
-        raise OLMoConfigurationError(
+        raise ValueError(
             f"train_module.max_sequence_length={module.max_sequence_length} is less than dataset.sequence_length={T}: raise it"
         )
     if module.rank_microbatch_size % T:
-        raise OLMoConfigurationError(
+        raise ValueError(
             f"train_module.rank_microbatch_size={module.rank_microbatch_size} (tokens) must be a multiple of "
             f"dataset.sequence_length={T}"
         )
     if config.data_loader.global_batch_size % T:
-        raise OLMoConfigurationError(
+        raise ValueError(
             f"data_loader.global_batch_size={config.data_loader.global_batch_size} (tokens) must be a multiple of "
             f"dataset.sequence_length={T}"
         )
     skipping = any(isinstance(c, SkipNonFinite) and c.enabled for c in config.trainer.callbacks.values())
     if skipping and module.max_grad_norm is None:
-        raise OLMoConfigurationError(
+        raise ValueError(
             "train_module.max_grad_norm is not set, and bad steps are known by the gradient's norm: set it (1.0e9 never clips), "
             "or trainer.callbacks.skip_non_finite.enabled=false"
         )
     vocabulary = config.dataset.tokenizer.vocab_size
     if vocabulary > config.model.vocab_size:
-        raise OLMoConfigurationError(
+        raise ValueError(
             f"dataset.tokenizer.vocab_size={vocabulary} is more than model.vocab_size={config.model.vocab_size}: "
             f"set model.vocab_size to at least {config.dataset.tokenizer.padded_vocab_size()}"
         )
@@ -164,7 +164,7 @@ def check_layout(config: ExperimentConfig, world_size: int) -> None:
     """Raise unless the parallel layout fits a number of ranks."""
     module, T = config.train_module, config.sequence_length
     if module.pp_config is not None:
-        raise OLMoConfigurationError(
+        raise ValueError(
             "train_module.pp_config: OLMo-core 3.0.0's pipelines train no model with this train module (its stages reject the "
             "loss that it hands them): leave it unset and use fsdp or hsdp, with tp_config or cp_config"
         )
@@ -174,38 +174,36 @@ def check_layout(config: ExperimentConfig, world_size: int) -> None:
         if part is None:
             continue
         if part.degree < 1 or world_size % (degree * part.degree):
-            raise OLMoConfigurationError(
+            raise ValueError(
                 f"train_module.{name}.degree={part.degree} does not divide the {world_size // degree} ranks there are for it: "
                 f"start a multiple of {degree * part.degree} ranks or lower the degree"
             )
         degree *= part.degree
     parallel = any(x is not None for x in (module.tp_config, module.cp_config, module.ep_config))
     if world_size > 1 and module.dp_config is None:
-        raise OLMoConfigurationError(
+        raise ValueError(
             f"train_module.dp_config is not set but {world_size} ranks were started: each would train a model of its own; "
             "set train_module.dp_config.name=fsdp"
         )
     dp = module.dp_config
     if dp is not None and dp.name == DataParallelType.ddp and module.tp_config is not None:
-        raise OLMoConfigurationError(
+        raise ValueError(
             "train_module.dp_config.name=ddp with tp_config trains nothing in OLMo-core 3.0.0 (the gradient norm is 0): use fsdp"
         )
     if parallel and dp is None:
-        raise OLMoConfigurationError(
-            "train_module.dp_config must be set with any other parallelism: set its name to fsdp"
-        )
+        raise ValueError("train_module.dp_config must be set with any other parallelism: set its name to fsdp")
     ranks = world_size // degree
     _check_shards(config)
     _check_data_parallel(module, ranks)
     _check_recomputation(config)
     if config.data_loader.global_batch_size % (ranks * T):
-        raise OLMoConfigurationError(
+        raise ValueError(
             f"data_loader.global_batch_size={config.data_loader.global_batch_size} (tokens) must be a multiple of "
             f"{ranks} data-parallel ranks x {T} tokens = {ranks * T}"
         )
     per_rank = config.data_loader.global_batch_size // ranks
     if per_rank % module.rank_microbatch_size:
-        raise OLMoConfigurationError(
+        raise ValueError(
             f"train_module.rank_microbatch_size={module.rank_microbatch_size} (tokens) must divide the {per_rank} tokens "
             f"that each of {ranks} data-parallel ranks takes of a batch; set it to {per_rank} or a divisor"
         )
@@ -215,7 +213,7 @@ def _check_shards(config: ExperimentConfig) -> None:
     """Raise where tensor, context or expert parallelism would have to cut a head, a token or an expert."""
     module = config.train_module
     if module.cp_config is not None and module.cp_config.ring is not None:
-        raise OLMoConfigurationError(
+        raise ValueError(
             "train_module.cp_config.ring knows only the causal mask: use Ulysses, train_module.cp_config.uly={} without ring"
         )
     model = config.model_with_attention()
@@ -238,7 +236,7 @@ def _check_shards(config: ExperimentConfig) -> None:
     ):
         for key, size in parts:
             if size % degree:
-                raise OLMoConfigurationError(f"train_module.{name} does not divide {key}={size}: lower the degree")
+                raise ValueError(f"train_module.{name} does not divide {key}={size}: lower the degree")
 
 
 def _check_data_parallel(module: TransformerTrainModuleConfig, ranks: int) -> None:
@@ -249,7 +247,7 @@ def _check_data_parallel(module: TransformerTrainModuleConfig, ranks: int) -> No
         for key in ("shard_degree", "num_replicas"):
             part = getattr(dp, key)
             if part is not None and (part < 1 or ranks % part):
-                raise OLMoConfigurationError(
+                raise ValueError(
                     f"train_module.dp_config.{key}={part} does not divide the {ranks} data-parallel ranks: "
                     "set it to a divisor of them"
                 )
@@ -257,12 +255,12 @@ def _check_data_parallel(module: TransformerTrainModuleConfig, ranks: int) -> No
         return
     for other in ("tp_config", "cp_config"):
         if getattr(module, other) is not None:
-            raise OLMoConfigurationError(
+            raise ValueError(
                 f"train_module.ep_config with {other} does not work in OLMo-core 3.0.0: leave one of them unset"
             )
     if dp is None or not hsdp or dp.shard_degree != ep.degree:
         found = f"name={dp.name} and shard_degree={dp.shard_degree}" if dp is not None else "none"
-        raise OLMoConfigurationError(
+        raise ValueError(
             f"train_module.ep_config.degree={ep.degree} needs train_module.dp_config.name=hsdp and "
             f"train_module.dp_config.shard_degree={ep.degree}, not {found}"
         )
@@ -276,24 +274,24 @@ def _check_recomputation(config: ExperimentConfig) -> None:
         return
     instead = "use mode=selected_modules with modules=[blocks.*.feed_forward_moe.experts,blocks.*.attention]"
     if ac.mode == Mode.budget and not module.compile_model:
-        raise OLMoConfigurationError(
+        raise ValueError(
             f"train_module.ac_config.mode=budget does nothing without train_module.compile_model=true: set it, or {instead}"
         )
     if ac.mode in (Mode.full, Mode.selected_blocks, Mode.selected_ops):
-        raise OLMoConfigurationError(
+        raise ValueError(
             f"train_module.ac_config.mode={ac.mode} runs the router again in the backward pass, which counts its losses "
             f"twice in OLMo-core 3.0.0: {instead}"
         )
     for layer in range(config.model.n_layers):
         for part in ("", ".feed_forward_moe", ".feed_forward_moe.router"):
             if any(fnmatch(f"blocks.{layer}{part}", pattern) for pattern in ac.modules or ()):
-                raise OLMoConfigurationError(
+                raise ValueError(
                     f"train_module.ac_config.modules={ac.modules} matches blocks.{layer}{part} and with it the router, whose "
                     "losses would be counted twice: name the experts and the attention, "
                     "modules=[blocks.*.feed_forward_moe.experts,blocks.*.attention]"
                 )
         if module.cp_config is not None and any(fnmatch(f"blocks.{layer}.attention", p) for p in ac.modules or ()):
-            raise OLMoConfigurationError(
+            raise ValueError(
                 f"train_module.ac_config.modules={ac.modules} matches blocks.{layer}.attention, which OLMo-core 3.0.0 cannot "
                 "recompute under cp_config: leave it out"
             )
@@ -330,11 +328,11 @@ def check_resume(config: ExperimentConfig, checkpoint: str | None) -> Experiment
             )
             if _is_own(config.trainer.save_folder, checkpoint):
                 check_same_data(config, checkpoint)
-        except OLMoConfigurationError as raised:
+        except (ValueError, OLMoConfigurationError) as raised:
             error = str(raised)
     error, changed, attention = broadcast_object((error, changed, config.attention))
     if error is not None:
-        raise OLMoConfigurationError(error)
+        raise ValueError(error)
     if changed is not None:
         log.warning("allow_attention_change=true: %s", changed)
     return config.replace(attention=attention)

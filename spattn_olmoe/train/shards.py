@@ -11,10 +11,8 @@ from pathlib import Path
 import numpy as np
 from olmo_core.data import NumpyDatasetConfig
 from olmo_core.distributed.utils import broadcast_object, get_rank
-from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.io import is_url
 
-from ..data.errors import DataError
 from ..data.manifest import Manifest, verify, verify_shard
 from ..data.writer import Shard
 from ..model.fingerprint import FILE_NAME as FINGERPRINT_FILE
@@ -32,12 +30,12 @@ def data_files(dataset: NumpyDatasetConfig, key: str = "dataset") -> list[str]:
     """The files of a dataset, patterns expanded.
 
     :param key: where the dataset stands in the config.
-    :raises OLMoConfigurationError: there are none.
+    :raises ValueError: there are none.
     """
     if not dataset.paths:
         if dataset.mix is not None or getattr(dataset, "source_mixture_config", None) is not None:
             return []
-        raise OLMoConfigurationError(
+        raise ValueError(
             f"{key}.paths is not set: name the token shards, such as {key}.paths=[data/dclm/train-*.bin]; "
             "scripts/prepare_data.py makes them"
         )
@@ -49,9 +47,7 @@ def data_files(dataset: NumpyDatasetConfig, key: str = "dataset") -> list[str]:
         found = sorted(glob.glob(path)) if dataset.expand_glob else [path] if Path(path).is_file() else []
         if not found:
             without = "" if key == "dataset" else f"; or set {key.rpartition('.')[0]}.enabled=false"
-            raise OLMoConfigurationError(
-                f"{key}.paths: {path} does not exist; scripts/prepare_data.py makes token shards{without}"
-            )
+            raise ValueError(f"{key}.paths: {path} does not exist; scripts/prepare_data.py makes token shards{without}")
         files += found
     return files
 
@@ -108,14 +104,14 @@ def verify_shards(config: ExperimentConfig, checkpoint: str | None, *, everythin
 
     :param checkpoint: read the shards that have changed since it was saved: a replaced file need not have another size.
     :param everything: read all of them.
-    :raises OLMoConfigurationError: one differs.
+    :raises ValueError: one differs.
     """
     # One rank looks: all must have the same list, and thousands need not ask for the same times.
     shards = broadcast_object(_to_verify(config, checkpoint, everything) if get_rank() == 0 else [])
     if shards:
         log.info("Comparing %d data shards with their SHA-256...", len(shards))
     if problem := first_problem(shards, _shard_problem):
-        raise OLMoConfigurationError(problem)
+        raise ValueError(problem)
 
 
 def _to_verify(config: ExperimentConfig, checkpoint: str | None, everything: bool) -> list[tuple[Manifest, Shard]]:
@@ -134,7 +130,7 @@ def _to_verify(config: ExperimentConfig, checkpoint: str | None, everything: boo
 def _shard_problem(item: tuple[Manifest, Shard]) -> str | None:
     try:
         verify_shard(*item)
-    except DataError as error:
+    except ValueError as error:
         return str(error)
     return None
 
@@ -148,7 +144,7 @@ def check_same_data(config: ExperimentConfig, checkpoint: str) -> None:
     if there == here:
         return
     before, now = next(pair for pair in zip_longest(there, here) if pair[0] != pair[1])
-    raise OLMoConfigurationError(
+    raise ValueError(
         f"dataset.paths: checkpoint {checkpoint} was trained on {_named(before)} where there is {_named(now)} now: restore the "
         "data, or set data_loader.ignore_fingerprint_mismatch=true to go on with other text"
     )

@@ -46,5 +46,5 @@ def run_script(name: str, *arguments: str, **environment: str) -> subprocess.Com
 def error_line(result: subprocess.CompletedProcess[str]) -> str:
     """The one line that a failed command printed."""
     lines = result.stderr.strip().splitlines()
-    assert result.returncode == 1 and len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    assert result.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     return lines[0]

@@ -14,7 +14,7 @@ from olmo_core.data import NumpyFSLDataset
 from olmo_core.data.types import NumpyUIntTypes
 from tokenizers import Tokenizer
 
-from spattn_olmoe.data import DataConfig, DataError, Manifest, SourceConfig, prepare, verify
+from spattn_olmoe.data import DataConfig, Manifest, SourceConfig, prepare, verify
 from spattn_olmoe.data.inspection import decode, document, histogram
 from spattn_olmoe.data.parts import merge
 from spattn_olmoe.data.summary import warnings
@@ -94,7 +94,7 @@ def test_olmo_core_reads_the_shards(prepared: Path, documents: list[str], encode
     ],
 )
 def test_what_a_run_does_not_expect_is_refused(prepared: Path, expected: dict, words: list[str]) -> None:
-    with pytest.raises(DataError) as error:
+    with pytest.raises(ValueError) as error:
         verify(prepared, **expected)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), str(error.value)
 
@@ -139,14 +139,14 @@ def _put_id(value: int, place: int) -> Callable[[Path], None]:
 )
 def test_damaged_shards_are_refused(shards: Path, damage: Callable, hashes: bool, words: str) -> None:
     damage(shards / "train-00001.bin")
-    with pytest.raises(DataError, match=rf"train-00001\.bin: expected .*{words.removeprefix('expected ')}"):
+    with pytest.raises(ValueError, match=rf"train-00001\.bin: expected .*{words.removeprefix('expected ')}"):
         verify(shards, hashes=hashes)
 
 
 def test_damage_in_the_middle_is_only_seen_with_hashes(shards: Path) -> None:
     _flip_middle(shards / "train-00000.bin")
     verify(shards)
-    with pytest.raises(DataError, match="SHA-256"):
+    with pytest.raises(ValueError, match="SHA-256"):
         verify(shards, hashes=True)
 
 
@@ -162,7 +162,7 @@ def test_damage_in_the_middle_is_only_seen_with_hashes(shards: Path) -> None:
 )
 def test_a_folder_that_is_no_corpus_is_refused(shards: Path, change: Callable, words: str) -> None:
     change(shards)
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(ValueError, match=words):
         verify(shards, hashes=True)
 
 
@@ -173,7 +173,7 @@ def test_documents_are_decoded(prepared: Path, documents: list[str], tokenizer_f
         decode(manifest, document(manifest, "validation", n)) for n in range(manifest.count("validation").documents)
     ]
     assert sorted(texts + held_out) == sorted(documents) and set(texts).isdisjoint(held_out)
-    with pytest.raises(DataError, match="expected document 999"):
+    with pytest.raises(ValueError, match="expected document 999"):
         document(manifest, "train", 999)
     assert histogram(manifest.statistics["lengths"]).row_count > 1
 
@@ -222,7 +222,7 @@ def test_parts_together_are_the_whole(documents: list[str], make_config: Make, t
     whole = prepare(make_config(tmp_path / "in" / "*.jsonl", **{**options, "output": "whole"}))
     for i in range(3):
         if i:
-            with pytest.raises(DataError, match=f"expected 3 parts, found {i}; missing: "):
+            with pytest.raises(ValueError, match=f"expected 3 parts, found {i}; missing: "):
                 merge(tmp_path / "parts")
         prepare(make_config(tmp_path / "in" / "*.jsonl", **options, part=f"{i}/3"))
     merged = merge(tmp_path / "parts", hashes=True)
@@ -237,12 +237,12 @@ def test_parts_together_are_the_whole(documents: list[str], make_config: Make, t
     assert merged.statistics == whole.statistics
     shutil.rmtree(tmp_path / "parts" / "part-0002-of-0003")
     prepare(make_config(tmp_path / "in" / "*.jsonl", **options, part="2/3", seed=1))
-    with pytest.raises(DataError, match="other options: seed: expected 0, found 1"):
+    with pytest.raises(ValueError, match="other options: seed: expected 0, found 1"):
         merge(tmp_path / "parts")
 
 
 def test_more_parts_than_files_are_refused(documents: list[str], make_config: Make, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="1 files, too few for 2 parts"):
+    with pytest.raises(ValueError, match="1 files, too few for 2 parts"):
         prepare(make_config(write_jsonl(tmp_path / "a.jsonl", documents), part="0/2"))
 
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from corpora import ROOT, error_line, folder_bytes, read_ids, run_script, write_jsonl
 
-from spattn_olmoe.data import DataConfig, DataError, Manifest, prepare, verify
+from spattn_olmoe.data import DataConfig, Manifest, prepare, verify
 
 Make = Callable[..., DataConfig]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -205,7 +205,7 @@ def test_other_options_on_an_existing_output_are_refused(
     else:
         with pytest.raises(_Interrupted):
             prepare(make_config(path), report=_interrupt)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(ValueError) as error:
         prepare(make_config(path, **change))
     assert words in str(error.value) and "\n" not in str(error.value)
 
@@ -226,10 +226,10 @@ def test_another_input_or_tokenizer_on_an_existing_output_is_refused(
     path = write_jsonl(tmp_path / "a.jsonl", documents)
     prepare(make_config(path))
     train_tokenizer(documents, 601, tmp_path / "other.json")
-    with pytest.raises(DataError, match=r"tokenizer\.sha256"):
+    with pytest.raises(ValueError, match=r"tokenizer\.sha256"):
         prepare(make_config(path, tokenizer=TokenizerSection(identifier=str(tmp_path / "other.json"))))
     write_jsonl(path, documents[:-1])
-    with pytest.raises(DataError, match=r"sources\[0\]\.files\[0\]\[1\]: expected \d+, found \d+"):
+    with pytest.raises(ValueError, match=r"sources\[0\]\.files\[0\]\[1\]: expected \d+, found \d+"):
         prepare(make_config(path))
 
 
@@ -239,14 +239,14 @@ def test_a_checkpoint_whose_bytes_are_gone_is_refused(documents: list[str], make
         prepare(config, report=_interrupt)
     partial = Path(config.output) / "train-00000.bin.partial"
     partial.write_bytes(partial.read_bytes()[:-10])
-    with pytest.raises(DataError, match=r"train-00000\.bin\.partial.*shorter than recorded"):
+    with pytest.raises(ValueError, match=r"train-00000\.bin\.partial.*shorter than recorded"):
         prepare(config)
 
 
 def test_shards_of_unknown_origin_are_not_overwritten(documents: list[str], make_config: Make, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train-00000.bin").write_bytes(b"precious")
-    with pytest.raises(DataError, match=r"train-00000\.bin: is there without progress\.json"):
+    with pytest.raises(ValueError, match=r"train-00000\.bin: is there without progress\.json"):
         prepare(make_config(write_jsonl(tmp_path / "a.jsonl", documents)))
     assert (tmp_path / "out" / "train-00000.bin").read_bytes() == b"precious"
 
@@ -255,7 +255,7 @@ def test_two_processes_do_not_write_to_one_folder(documents: list[str], make_con
     config = make_config(write_jsonl(tmp_path / "a.jsonl", documents))
 
     def prepare_again(_progress: object, _share: object) -> None:
-        with pytest.raises(DataError, match="another process is preparing it"):
+        with pytest.raises(ValueError, match="another process is preparing it"):
             prepare(config)
 
     manifest = prepare(config, report=prepare_again)
@@ -266,7 +266,7 @@ def test_an_unfinished_corpus_is_no_corpus(documents: list[str], make_config: Ma
     config = make_config(write_jsonl(tmp_path / "a.jsonl", documents))
     with pytest.raises(_Interrupted):
         prepare(config, report=_interrupt)
-    with pytest.raises(DataError, match=r"its preparation has not finished"):
+    with pytest.raises(ValueError, match=r"its preparation has not finished"):
         verify(config.output)
 
 

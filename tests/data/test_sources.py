@@ -17,7 +17,7 @@ import pytest
 import zstandard
 from corpora import read_ids, rejects, write_jsonl
 
-from spattn_olmoe.data import DataConfig, DataError, SourceConfig, prepare
+from spattn_olmoe.data import DataConfig, SourceConfig, prepare
 from spattn_olmoe.data.chunks import Chunk, Position
 from spattn_olmoe.data.encode import is_validation
 from spattn_olmoe.data.sources import HubSource
@@ -121,7 +121,7 @@ def test_a_file_is_streamed_over_the_network_and_its_loss_is_one_line(
 
     with monkeypatch.context() as patch:
         patch.setattr(HubSource, "read", read_until_it_is_gone)
-        with pytest.raises(DataError, match=r"sources\[0\]\.hub='json'.*run the same command again") as error:
+        with pytest.raises(ValueError, match=r"sources\[0\]\.hub='json'.*run the same command again") as error:
             prepare(config)
     assert "\n" not in str(error.value)
     (tmp_path / "away").rename(second)
@@ -131,14 +131,14 @@ def test_a_file_is_streamed_over_the_network_and_its_loss_is_one_line(
 def test_no_network_is_one_line(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"sources\[0\]\.hub='nobody/nothing'.*network") as error:
+    with pytest.raises(ValueError, match=r"sources\[0\]\.hub='nobody/nothing'.*network") as error:
         prepare(make_config(sources=[SourceConfig(hub="nobody/nothing")]))
     assert "\n" not in str(error.value)
 
 
 def test_a_split_that_is_not_there_is_refused(documents: list[str], make_config: Make, tmp_path: Path) -> None:
     write_as("jsonl", tmp_path / "hub", documents)
-    with pytest.raises(DataError, match=r"sources\[0\]\.split='test'.*has train"):
+    with pytest.raises(ValueError, match=r"sources\[0\]\.split='test'.*has train"):
         prepare(make_config(sources=[SourceConfig(hub=str(tmp_path / "hub"), split="test")]))
 
 
@@ -254,7 +254,7 @@ def test_too_many_rejects_stop_the_run_and_a_larger_share_lets_it_go_on(
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join([GOOD] * 90 + [b"{"] * 10) + b"\n")
-    with pytest.raises(DataError, match=r"max_reject_share=0.01: 10 of 100 documents .*a\.jsonl:100 \(malformed"):
+    with pytest.raises(ValueError, match=r"max_reject_share=0.01: 10 of 100 documents .*a\.jsonl:100 \(malformed"):
         prepare(make_config(path))
     manifest = prepare(make_config(path, max_reject_share=0.1))
     assert read_ids(manifest.train_paths) == encode(["a sound document"] * 90)
@@ -263,7 +263,7 @@ def test_too_many_rejects_stop_the_run_and_a_larger_share_lets_it_go_on(
 
 def test_nothing_but_rejects_is_no_corpus(make_config: Make, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"{}\n")
-    with pytest.raises(DataError, match="hold no documents"):
+    with pytest.raises(ValueError, match="hold no documents"):
         prepare(make_config(tmp_path / "a.jsonl", max_reject_share=1.0))
 
 
@@ -274,7 +274,7 @@ def test_nothing_but_rejects_is_no_corpus(make_config: Make, tmp_path: Path) -> 
 def test_paths_that_cannot_be_meant_are_refused(pattern: str, words: str, make_config: Make, tmp_path: Path) -> None:
     for name in ("a.csv", "a.parquet.gz"):
         (tmp_path / name).write_text("x")
-    with pytest.raises(DataError, match=rf"sources\[0\]\.paths: .*{words}"):
+    with pytest.raises(ValueError, match=rf"sources\[0\]\.paths: .*{words}"):
         prepare(make_config(tmp_path / pattern))
 
 
@@ -282,13 +282,13 @@ def test_paths_that_cannot_be_meant_are_refused(pattern: str, words: str, make_c
 def test_no_permission_is_one_line(documents: list[str], make_config: Make, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", documents)
     path.chmod(0)
-    with pytest.raises(DataError, match="no permission to read"):
+    with pytest.raises(ValueError, match="no permission to read"):
         prepare(make_config(path))
 
 
 def test_an_output_that_cannot_be_made_is_one_line(documents: list[str], make_config: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match=r"output: .*file/out: Not a directory"):
+    with pytest.raises(ValueError, match=r"output: .*file/out: Not a directory"):
         prepare(make_config(write_jsonl(tmp_path / "a.jsonl", documents), output="file/out"))
 
 

@@ -9,7 +9,7 @@ import pytest
 from corpora import ROOT, read_ids, write_jsonl
 from tokenizers import Tokenizer
 
-from spattn_olmoe.data import DataConfig, DataError, TokenizerSection, prepare, train_tokenizer
+from spattn_olmoe.data import DataConfig, TokenizerSection, prepare, train_tokenizer
 from spattn_olmoe.data.stdlib_corpus import write_stdlib_corpus
 from spattn_olmoe.data.tokenizer import find_tokenizer, parse_tokenizer, vocab_size
 
@@ -38,7 +38,7 @@ def test_training_gives_the_same_bytes_in_every_process(documents: list[str], tm
 def test_vocabularies_that_cannot_be_trained_are_refused(
     size: int, words: str, documents: list[str], tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(ValueError, match=words):
         train_tokenizer(documents[:20], size, tmp_path / "t.json")
     assert not (tmp_path / "t.json").exists()
 
@@ -72,7 +72,7 @@ def test_a_vocabulary_beyond_uint16_takes_uint32(documents: list[str], make_conf
     path = write_jsonl(tmp_path / "a.jsonl", ["a text with <extra 65999> in it"])
     manifest = prepare(make_config(path, tokenizer=section))
     assert manifest.dtype == "uint32" and 66_599 in read_ids(manifest.train_paths, "uint32")
-    with pytest.raises(DataError, match=r"dtype=uint16: .* the tokenizer has 66600; use uint32"):
+    with pytest.raises(ValueError, match=r"dtype=uint16: .* the tokenizer has 66600; use uint32"):
         prepare(make_config(path, tokenizer=section, dtype="uint16", output="other"))
 
 
@@ -96,7 +96,7 @@ def test_tokenizers_that_will_not_do_are_refused(
     alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     Tokenizer(models.BPE(alphabet, [])).save("bare.json")
     path = write_jsonl(tmp_path / "a.jsonl", ["text"])
-    with pytest.raises(DataError) as error:
+    with pytest.raises(ValueError) as error:
         prepare(make_config(path, tokenizer=TokenizerSection(**options)))
     assert words in str(error.value) and "\n" not in str(error.value)
 
@@ -108,7 +108,7 @@ def test_a_tokenizer_is_trained_on_the_sources(documents: list[str], make_config
     assert manifest.tokenizer.vocab_size == 500 and manifest.tokenizer.origin == "trained"
     assert prepare(config).tokenizer == manifest.tokenizer
     config.tokenizer.train_vocab_size = 501
-    with pytest.raises(DataError, match=r"expected 501, found 500"):
+    with pytest.raises(ValueError, match=r"expected 501, found 500"):
         prepare(config)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from olmo_core.exceptions import OLMoConfigurationError
 
 from spattn_olmoe.model.checkpoints import find_checkpoint, find_damage, resolve_checkpoint, write_checksums
 from tests.faults.injected import inject
@@ -55,7 +54,7 @@ def test_damage_is_found_and_the_checkpoint_before_taken(copied, tmp_path, caplo
     (record,) = caplog.records
     said = record.getMessage()
     assert f"{folder / 'step12' / name} " in said and words in said and f"going back to {folder / 'step8'}" in said
-    with pytest.raises(OLMoConfigurationError, match=r"step12/.*another trainer\.save_folder"):
+    with pytest.raises(ValueError, match=r"step12/.*another trainer\.save_folder"):
         resolve_checkpoint(folder / "step12")
 
 
@@ -64,7 +63,7 @@ def test_where_all_are_damaged_nothing_starts_anew(copied, tmp_path):
     for step in (4, 8, 12):
         flip(folder / f"step{step}" / WEIGHTS)
     run = Run(folder, copied)
-    with pytest.raises(OLMoConfigurationError, match=r"no checkpoint in .* is intact") as caught:
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is intact") as caught:
         find_checkpoint(run.folder)
     assert all(f"step{step}/{WEIGHTS}" in str(caught.value) for step in (4, 8, 12))
 

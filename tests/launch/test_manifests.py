@@ -6,7 +6,6 @@ import fnmatch
 import re
 
 import yaml
-from olmo_core.exceptions import OLMoConfigurationError
 
 from spattn_olmoe import __version__, machine
 from spattn_olmoe.train import load_experiment
@@ -93,7 +92,7 @@ def test_the_image_knows_its_commit():
 def test_a_wrong_config_would_be_refused():
     try:
         check_layout(load_experiment(ROOT / "configs/1b7b_spattn.yaml", ["train_module.dp_config=null"]), 16)
-    except OLMoConfigurationError as error:
+    except ValueError as error:
         assert "dp_config" in str(error)
     else:
         raise AssertionError("sixteen models of their own were let through")

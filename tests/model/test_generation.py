@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from olmo_core.distributed.checkpoint import save_model_and_optim_state
-from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.generate.generation_module import GenerationConfig, TransformerGenerationModule
 
-from spattn_olmoe.data.errors import DataError
 from spattn_olmoe.model import apply_remedies, with_attention
 from spattn_olmoe.model.checkpoints import resolve_checkpoint
 from spattn_olmoe.model.generation import generate, load_generator, load_tokenizer, read_checkpoint_config
@@ -172,14 +170,14 @@ def test_a_run_stands_for_its_newest_complete_checkpoint(run_folder):
 
 @pytest.mark.parametrize("where", ["nowhere", "step20", "data"])
 def test_a_folder_without_checkpoints_is_refused(run_folder, where):
-    with pytest.raises(OLMoConfigurationError) as caught:
+    with pytest.raises(ValueError) as caught:
         resolve_checkpoint(run_folder / where)
     assert f"--checkpoint {run_folder / where}" in str(caught.value)
     assert "stepN/" in str(caught.value)
 
 
 def test_a_checkpoint_without_its_config_is_refused(run_folder):
-    with pytest.raises(OLMoConfigurationError, match=r"config\.json is missing"):
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
         read_checkpoint_config(run_folder / "step20")
 
 
@@ -207,7 +205,7 @@ def test_text_goes_on_with_and_without_a_cache(run_folder):
 
 
 def test_an_empty_prompt_is_refused(run_folder):
-    with pytest.raises(OLMoConfigurationError, match="--prompt is empty"):
+    with pytest.raises(ValueError, match="--prompt is empty"):
         generate(resolve_checkpoint(run_folder), " ", max_new_tokens=1, temperature=0.0, seed=0)
 
 
@@ -215,7 +213,7 @@ def test_a_tokenizer_that_is_gone_is_named(run_folder, tmp_path):
     config = read_checkpoint_config(run_folder / "step10")
     config["dataset"]["tokenizer"]["identifier"] = str(tmp_path / "tokenizer.json")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(ValueError, match="no such file"):
         generate(str(tmp_path), "w5", max_new_tokens=1, temperature=0.0, seed=0)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.moe.mlp import DroplessMoEMLP
 from olmo_core.nn.moe.router import MoELinearRouter
 
@@ -23,7 +22,7 @@ from .tiny import BASE, TINY, run_python, tiny, torchrun
 @pytest.mark.parametrize("remedy", REMEDIES, ids=lambda module: module.__name__.rpartition(".")[2])
 def test_another_release_is_left_alone(monkeypatch, remedy):
     monkeypatch.setattr(release, "VERSION", "3.0.1")
-    with pytest.raises(OLMoConfigurationError) as caught:
+    with pytest.raises(ValueError) as caught:
         remedy.apply()
     message = str(caught.value)
     for words in (remedy.__name__, "3.0.0", "3.0.1", "pip install ai2-olmo-core==3.0.0"):

@@ -166,7 +166,7 @@ def test_bad_input_is_one_line_and_an_exit_code(args, message, script, tmp_path,
         code = script.main([*args.split(), "--out", str(out)])
     except SystemExit as stop:
         code = stop.code
-    assert code not in (0, None)
+    assert code == 2
     said = capsys.readouterr()
     assert message in said.err
     assert len(said.err.splitlines()) == 1
@@ -177,7 +177,9 @@ def test_bad_input_is_one_line_and_an_exit_code(args, message, script, tmp_path,
 def test_a_picture_that_cannot_be_written_is_one_line(script, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     small = ["--type", "eball", "--heads", "2", "--band-length", "8", "--out"]
-    assert script.main([*small, str(tmp_path / "file" / "x.png")]) == 1
+    with pytest.raises(SystemExit) as stop:
+        script.main([*small, str(tmp_path / "file" / "x.png")])
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
     assert script.main([*small, str(tmp_path / "x.nonsense")]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 2
 

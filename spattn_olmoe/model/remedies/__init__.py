@@ -21,7 +21,7 @@ REMEDIES = (
 def apply_remedies() -> None:
     """Apply every remedy; doing it again changes nothing.
 
-    :raises OLMoConfigurationError: OLMo-core is not the release they were written against.
+    :raises ValueError: OLMo-core is not the release they were written against.
     """
     for remedy in REMEDIES:
         remedy.apply()

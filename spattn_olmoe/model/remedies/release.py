@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.version import VERSION
 
 TESTED_RELEASE = "3.0.0"
@@ -11,7 +10,7 @@ TESTED_RELEASE = "3.0.0"
 def require_tested_release(what: str) -> None:
     """Raise unless OLMo-core is the release that ``what`` was written against."""
     if VERSION != TESTED_RELEASE:
-        raise OLMoConfigurationError(
+        raise ValueError(
             f"{what} was written against ai2-olmo-core {TESTED_RELEASE} but {VERSION} is installed: "
             f"pip install ai2-olmo-core=={TESTED_RELEASE}"
         )
