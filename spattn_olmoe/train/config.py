@@ -110,8 +110,8 @@ def decode_experiment(data: dict[str, Any]) -> ExperimentConfig:
     check_keys(data, ExperimentConfig)
     try:
         config = ExperimentConfig.from_dict(data)
-    except OLMoConfigurationError:
-        raise
+    except OLMoConfigurationError as error:
+        raise ValueError(_first_line(error)) from error
     except Exception as error:  # the decoder raises types of its own for values that fit no field
         raise ValueError(f"config: {_first_line(error)}") from error
     return config
