@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 from pathlib import Path
@@ -43,3 +44,13 @@ def hash_file(path: Path, n_bytes: int | None = None) -> hashlib._Hash:
             digest.update(data)
             left -= len(data)
     return digest
+
+
+def matching(pattern: str) -> list[Path]:
+    """The files of a glob, sorted; where there is a file or folder by that very name, as with ``[en]`` in it, that one."""
+    if os.path.lexists(pattern):
+        return [Path(pattern)]
+    try:
+        return sorted(map(Path, glob.glob(pattern, recursive=True)))
+    except ValueError:  # a null byte, or brackets that make no set
+        return []

@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from .chunks import Chunk, Reject
+from .readers import Delimiter
 
 
-def texts(
-    chunk: Chunk, *, field: str, separator: str | None, max_document_bytes: int
-) -> Iterator[tuple[str, bytes] | Reject]:
-    """Each document of a chunk as text and as UTF-8, or the reason why it is none."""
+class Document(NamedTuple):
+    """One document.
+
+    :param number: its line, row or place in the file, from 1.
+    """
+
+    number: int
+    text: str
+    utf8: bytes
+
+
+def texts(chunk: Chunk, *, field: str, separator: str | None, max_document_bytes: int) -> Iterator[Document | Reject]:
+    """Each document of a chunk, or the reason why it is none."""
     for number, raw in enumerate(_split(chunk, separator), start=chunk.first):
+        if chunk.kind == "jsonl" and raw is not None and not raw.strip():
+            continue  # a blank line is no document
         text = _json_text(raw, number, field) if chunk.kind == "jsonl" else _text(raw, number, field)
         encoded = _sound(text, max_document_bytes)
         if isinstance(encoded, _Bad):
             yield Reject(chunk.file, number, encoded.reason)
         else:
             assert isinstance(text, str)
-            yield text, encoded
+            yield Document(number, text, encoded)
+
+
+_DECODER = json.JSONDecoder(parse_int=lambda digits: 0)
+"""Numbers are not read: Python refuses integers of thousands of digits, which JSON allows beside the text."""
 
 
 class _Bad:
@@ -32,8 +49,8 @@ def _split(chunk: Chunk, separator: str | None) -> list[bytes | None]:
         return chunk.payload
     if not chunk.payload:
         return []
-    delimiter = b"\n" if chunk.kind == "jsonl" else (separator or "").encode()
-    pieces: list[bytes | None] = [*chunk.payload.split(delimiter)]
+    delimiter = Delimiter(separator if chunk.kind == "text" and separator else "\n")
+    pieces: list[bytes | None] = [*delimiter.split(chunk.payload)]
     last = pieces[-1]
     if last is not None and not last.strip():
         pieces.pop()  # what follows the last delimiter
@@ -56,10 +73,8 @@ def _json_text(raw: bytes | None, number: int, field: str) -> str | _Bad:
     line = _decode(raw, number)
     if isinstance(line, _Bad):
         return line
-    if not line.strip():
-        return _Bad("blank line")
     try:
-        record = json.loads(line)
+        record = _DECODER.decode(line)
     except ValueError as error:
         return _Bad(f"malformed JSON: {error}")
     except RecursionError:

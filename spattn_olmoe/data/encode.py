@@ -64,11 +64,16 @@ class Encoder:
             if isinstance(item, Reject):
                 result.rejects.append(item)
                 continue
-            text, encoded = item
-            split = SPLITS[is_validation(encoded, s.validation_share)]
-            pieces[split] += [self._ids(text), self._eos]
-            lengths[split].append(len(pieces[split][-2]) + 1)
-            result.text_bytes += len(encoded)
+            ids = self._ids(item.text)
+            if (ids == self._eos).any():  # one that no check of the tokenizer foresaw
+                result.rejects.append(
+                    Reject(chunk.file, item.number, f"its text becomes the id {s.eos_token_id} of an EOS")
+                )
+                continue
+            split = SPLITS[is_validation(item.utf8, s.validation_share)]
+            pieces[split] += [ids, self._eos]
+            lengths[split].append(len(ids) + 1)
+            result.text_bytes += len(item.utf8)
         result.rejects += chunk.rejects
         empty = np.array([], dtype=s.dtype)
         result.tokens = {split: np.concatenate([empty, *pieces[split]]) for split in SPLITS}

@@ -7,6 +7,7 @@ starts again from any chunk's end yields the same chunks.
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,7 +21,15 @@ from .chunks import CHUNK_BYTES, CHUNK_DOCUMENTS, BrokenFileError, Chunk, Positi
 
 READ_BYTES = 2**18
 _COMPRESSIONS = (".gz", ".zst", ".zstd")
-_KINDS = {".jsonl": "jsonl", ".txt": "text", ".parquet": "parquet"}
+_KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "text", ".parquet": "parquet"}
+
+EXPANSION = 500
+"""How many times its size an archive may grow: text compressed by gzip or zstd stays far below, and a bomb far above."""
+_ALWAYS_ALLOWED = 2**26
+_ZSTD_STEP = 2**10
+"""Compressed bytes at a time: as a block of 4 may stand for 2 ** 17, this bounds what is decompressed at once to 2 ** 25."""
+_BATCH_BYTES = 2**28
+_BATCH_ROWS = 256
 
 
 def file_kind(path: Path) -> str | None:
@@ -47,12 +56,42 @@ def read_file(
         yield from _whole(path, name, start, max_document_bytes)
     else:
         assert kind is not None
-        delimiter = b"\n" if kind == "jsonl" else (separator or "").encode()
+        delimiter = Delimiter(separator if kind == "text" and separator else "\n")
         # JSON escapes and the keys beside the text take room of their own; the text itself is measured once decoded
         yield from _delimited(path, name, kind, delimiter, start, 4 * max_document_bytes)
 
 
-def _delimited(path: Path, name: str, kind: str, delimiter: bytes, start: Position, longest: int) -> Iterator[Chunk]:
+class Delimiter:
+    """What stands between documents. A line break in it is one of Unix or of Windows."""
+
+    def __init__(self, text: str):
+        breaks = text.replace("\r\n", "\n").split("\n")
+        self._find = re.compile(rb"\r?\n".join(re.escape(part.encode()) for part in breaks))
+        self.longest = len("\r\n".join(breaks).encode())
+        """Bytes of the longest form."""
+
+    def end(self, data: bytes | bytearray, start: int, stop: int) -> int | None:
+        """Where the first one between ``start`` and ``stop`` ends."""
+        found = self._find.search(data, start, stop)
+        return None if found is None else found.end()
+
+    def last_end(self, data: bytes | bytearray, stop: int | None = None) -> int:
+        """Where the last one before ``stop`` ends; 0 without any."""
+        return max(
+            (found.end() for found in self._find.finditer(data, 0, len(data) if stop is None else stop)), default=0
+        )
+
+    def count(self, data: bytes) -> int:
+        return sum(1 for _ in self._find.finditer(data))
+
+    def split(self, data: bytes) -> list[bytes]:
+        """What stands before, between and behind them."""
+        return self._find.split(data)
+
+
+def _delimited(
+    path: Path, name: str, kind: str, delimiter: Delimiter, start: Position, longest: int
+) -> Iterator[Chunk]:
     buffer, position, share = bytearray(), start, 0.0
     source, broken = byte_chunks(path, start.offset), None
     ended = False
@@ -69,10 +108,9 @@ def _delimited(path: Path, name: str, kind: str, delimiter: bytes, start: Positi
             del buffer[:end]
             first, position = position.number + 1, _after(position, payload, delimiter)
             yield Chunk(kind, payload, name, first, position, share=share)
-        if len(buffer) >= CHUNK_BYTES + longest + len(delimiter):
+        if len(buffer) >= CHUNK_BYTES + longest + delimiter.longest:
             # no document ends in the chunk's window: what precedes the last delimiter is sound, what follows too long
-            last = buffer.rfind(delimiter, 0, CHUNK_BYTES)
-            begin = last + len(delimiter) if last >= 0 else 0
+            begin = delimiter.last_end(buffer, CHUNK_BYTES)
             payload = bytes(buffer[:begin])
             first, position = position.number + 1, _after(position, payload, delimiter)
             skipped = _skip_document(buffer[begin:], source, buffer, delimiter)
@@ -82,43 +120,43 @@ def _delimited(path: Path, name: str, kind: str, delimiter: bytes, start: Positi
     yield from _rest(buffer, broken, kind, name, position, delimiter)
 
 
-def _skip_document(seen: bytearray, source: Iterator[tuple[bytes, float]], buffer: bytearray, delimiter: bytes) -> int:
+def _skip_document(
+    seen: bytearray, source: Iterator[tuple[bytes, float]], buffer: bytearray, delimiter: Delimiter
+) -> int:
     """Read past the end of an overlong document without keeping it; leave what follows in ``buffer``.
 
     :returns: the document's bytes, delimiter included.
     """
-    tail, skipped = seen, 0
-    while (end := tail.find(delimiter)) < 0:
-        keep = len(delimiter) - 1
-        skipped += len(tail) - min(keep, len(tail))
-        tail = tail[len(tail) - min(keep, len(tail)) :]
+    tail, skipped = bytes(seen), 0
+    while (end := delimiter.end(tail, 0, len(tail))) is None:
+        kept = tail[max(0, len(tail) - delimiter.longest + 1) :]
+        skipped += len(tail) - len(kept)
         try:
             data, _share = next(source)
         except (StopIteration, BrokenFileError):
             buffer.clear()
-            return skipped + len(tail)
-        tail = tail + data
-    buffer[:] = tail[end + len(delimiter) :]
-    return skipped + end + len(delimiter)
+            return skipped + len(kept)
+        tail = kept + data
+    buffer[:] = tail[end:]
+    return skipped + end
 
 
-def _chunk_end(buffer: bytearray, delimiter: bytes, longest: int) -> int | None:
+def _chunk_end(buffer: bytearray, delimiter: Delimiter, longest: int) -> int | None:
     """Where the chunk at the buffer's start ends: behind the first delimiter that makes it large enough."""
-    found = buffer.find(delimiter, max(0, CHUNK_BYTES - len(delimiter)), CHUNK_BYTES + longest + len(delimiter))
-    return None if found < 0 else found + len(delimiter)
+    return delimiter.end(buffer, max(0, CHUNK_BYTES - delimiter.longest), CHUNK_BYTES + longest + delimiter.longest)
 
 
-def _after(position: Position, payload: bytes, delimiter: bytes) -> Position:
-    return Position(position.offset + len(payload), position.number + payload.count(delimiter))
+def _after(position: Position, payload: bytes, delimiter: Delimiter) -> Position:
+    return Position(position.offset + len(payload), position.number + delimiter.count(payload))
 
 
 def _rest(
-    buffer: bytearray, broken: str | None, kind: str, name: str, position: Position, delimiter: bytes
+    buffer: bytearray, broken: str | None, kind: str, name: str, position: Position, delimiter: Delimiter
 ) -> Iterator[Chunk]:
     """The last documents of a file; of a broken one, only those that are whole."""
     payload = bytes(buffer)
     if broken is not None:
-        payload = payload[: payload.rfind(delimiter) + len(delimiter)] if delimiter in payload else b""
+        payload = payload[: delimiter.last_end(payload)]
     if not payload.strip():
         payload = b""
     first, end = position.number + 1, _after(position, payload, delimiter)
@@ -154,13 +192,16 @@ def byte_chunks(path: Path, start: int) -> Iterator[tuple[bytes, float]]:
 
     :raises BrokenFileError: truncated or corrupt compression, after everything in front of it was yielded.
     """
-    size = max(1, path.stat().st_size)
+    size, total = max(1, path.stat().st_size), 0
     with open(path, "rb") as file:
         if path.suffix not in _COMPRESSIONS:
             file.seek(start)
         pieces = {".gz": _gunzip, ".zst": _unzstd, ".zstd": _unzstd}.get(path.suffix, _plain)(file)
         skip = 0 if path.suffix not in _COMPRESSIONS else start
         for data in pieces:
+            total += len(data)
+            if total > max(_ALWAYS_ALLOWED, EXPANSION * file.tell()):
+                raise BrokenFileError(f"decompresses to more than {EXPANSION} times its size: no text does")
             if skip >= len(data):
                 skip -= len(data)
                 continue
@@ -189,15 +230,17 @@ def _unzstd(file: BinaryIO) -> Iterator[bytes]:
     context = zstandard.ZstdDecompressor(max_window_size=2**31)
     frame, begun = context.decompressobj(), False
     try:
-        while data := file.read(READ_BYTES // 4):
-            while data:
-                begun = True
-                if decompressed := frame.decompress(data):
-                    yield decompressed
-                if not frame.eof:
-                    break
-                data = frame.unused_data
-                frame, begun = context.decompressobj(), False
+        while block := file.read(READ_BYTES // 4):
+            for begin in range(0, len(block), _ZSTD_STEP):
+                data = block[begin : begin + _ZSTD_STEP]
+                while data:
+                    begun = True
+                    if decompressed := frame.decompress(data):
+                        yield decompressed
+                    if not frame.eof:
+                        break
+                    data = frame.unused_data
+                    frame, begun = context.decompressobj(), False
     except zstandard.ZstdError as error:
         raise BrokenFileError(f"corrupt zstd archive: {error}") from error
     if begun:
@@ -219,8 +262,9 @@ def parquet_cells(path: Path, field: str, start: int) -> Iterator[tuple[bytes | 
                     row += rows
                     continue
                 if field not in file.schema_arrow.names:
-                    raise BrokenFileError(f"no column {field!r} (has {', '.join(file.schema_arrow.names)})")
-                for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=[field], use_threads=False):
+                    raise BrokenFileError(f"no column {field!r} (has {_some(file.schema_arrow.names)})")
+                batch_size = _rows_at_once(file.metadata.row_group(group), field)
+                for batch in file.iter_batches(batch_size, row_groups=[group], columns=[field], use_threads=False):
                     for cell in cells(batch.column(0), field):
                         row += 1
                         if row > start:
@@ -229,6 +273,19 @@ def parquet_cells(path: Path, field: str, start: int) -> Iterator[tuple[bytes | 
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's fault; pyarrow's own complaints about a file carry no errno
         raise BrokenFileError(f"no readable Parquet file: {' '.join(str(error).split())}") from error
+
+
+def _rows_at_once(group: pq.RowGroupMetaData, field: str) -> int:
+    """So few rows of a column that they fit in memory even if each is the longest entry of a dictionary."""
+    columns = (group.column(i) for i in range(group.num_columns))
+    stored = max((c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == field), default=1)
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, stored)))
+
+
+def _some(names: list[str]) -> str:
+    """The first few names of a list."""
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(name[:50] for name in names[:10]) + more
 
 
 def cells(column: pa.Array | pa.ChunkedArray, field: str) -> list[bytes | None]:

@@ -20,7 +20,17 @@ from .encode import Settings
 from .manifest import FORMAT, TokenizerRecord
 from .mixture import LAG
 from .sources import Source, open_source, reading_order
-from .tokenizer import EOS, PAD, find_tokenizer, parse_tokenizer, sha256, special_id, train_tokenizer, vocab_size
+from .tokenizer import (
+    EOS,
+    PAD,
+    check_unforgeable,
+    find_tokenizer,
+    parse_tokenizer,
+    sha256,
+    special_id,
+    train_tokenizer,
+    vocab_size,
+)
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -148,8 +158,8 @@ def _training_texts(config: DataConfig, sources: list[Source]) -> Iterator[str]:
                 chunk, field=s.field, separator=s.separator, max_document_bytes=config.max_document_bytes
             ):
                 if not isinstance(item, Reject):
-                    yield item[0]
-                    left -= len(item[1])
+                    yield item.text
+                    left -= len(item.utf8)
             if left <= 0:
                 break
 
@@ -176,4 +186,5 @@ def _describe_tokenizer(config: DataConfig, data: bytes, origin: str) -> tuple[T
         eos_token_id=special_id(tokenizer, "eos_token_id", section.eos_token_id, EOS),
         pad_token_id=special_id(tokenizer, "pad_token_id", section.pad_token_id, PAD),
     )
+    check_unforgeable(tokenizer, record.eos_token_id)
     return record, smallest if config.dtype == "auto" else config.dtype

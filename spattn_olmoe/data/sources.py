@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import gzip
 import hashlib
 import itertools
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import zstandard
 
+from ..files import matching
 from .chunks import BrokenFileError, Chunk, Position
 from .config import SourceConfig
 from .readers import cells, file_kind, group_rows, read_file
@@ -89,14 +89,20 @@ class LocalSource:
 def _expand(patterns: list[str], key: str) -> list[Path]:
     found: set[Path] = set()
     for pattern in patterns:
-        matches = [Path(m) for m in glob.glob(os.path.expanduser(pattern), recursive=True)]
-        files = {path.absolute() for path in matches if not path.is_dir()}
+        files = {path.absolute() for path in matching(os.path.expanduser(pattern)) if not path.is_dir()}
         if not files:
             raise ValueError(f"{key}: no file matches {pattern!r}")
         found |= files
     for path in sorted(found):
         if file_kind(path) is None:
-            raise ValueError(f"{key}: {path}: unknown kind; known are .jsonl, .txt (also with .gz, .zst) and .parquet")
+            raise ValueError(
+                f"{key}: {path}: unknown kind; known are .jsonl, .json (lines as well), .txt, each also with .gz or .zst, "
+                "and .parquet"
+            )
+        if not path.is_file():
+            raise ValueError(
+                f"{key}: {path}: is a pipe or a device; only files can be read again from where a run stopped"
+            )
         if not os.access(path, os.R_OK):
             raise ValueError(f"{key}: {path}: no permission to read it")
     return sorted(found)
@@ -127,7 +133,7 @@ class HubSource:
             known = ", ".join(map(str, builder.config.data_files or {}))
             raise ValueError(f"sources[{index}].split={config.split!r}: {config.hub} has {known}")
         try:
-            self._lines = all(file_kind(Path(str(name).split("?")[0])) == "jsonl" for name in names)
+            self._lines = all(_is_jsonl(str(name)) for name in names)
             if self._lines:
                 # as Latin-1 every line survives, byte by byte, whether it is UTF-8 or not
                 builder = Text(
@@ -197,6 +203,12 @@ class HubSource:
             f"{self._what}: {type(error).__name__}: {reason}; check the name, the revision and the network, "
             "then run the same command again"
         )
+
+
+def _is_jsonl(name: str) -> bool:
+    """Whether a hub dataset's file is JSON lines by its name; ``.json`` there may be one array, which its builder knows."""
+    path = Path(name.split("?")[0])
+    return file_kind(path) == "jsonl" and ".json" not in path.suffixes[-2:]
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

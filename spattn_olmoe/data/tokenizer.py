@@ -105,6 +105,19 @@ def special_id(tokenizer: Tokenizer, key: str, given: int | None, token: str) ->
     return found
 
 
+def check_unforgeable(tokenizer: Tokenizer, eos_token_id: int) -> None:
+    """Raise where a text can hold the id that ends documents, so that it would seem to be several.
+
+    :raises ValueError: with what to change in ``tokenizer.json``.
+    """
+    token = tokenizer.id_to_token(eos_token_id)
+    if eos_token_id in tokenizer.encode(token, add_special_tokens=False).ids:
+        raise ValueError(
+            f"tokenizer.eos_token_id={eos_token_id}: a text with {token!r} in it is given this id too and would end there; "
+            'set "special": true for that token in tokenizer.json, or take another token'
+        )
+
+
 def vocab_size(tokenizer: Tokenizer) -> int:
     """One more than the largest id: ids may have gaps."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..patterns import Pattern, interval_table
 from .fastest import triton_unsuitable
+from .scale import positive_scale
 
 DECODE_QUERIES = 1
 """The most new queries for which ``impl="auto"`` takes the decode kernel, which reads the cache for each anew."""
@@ -29,8 +30,8 @@ def cached_attention(
 
     :param q_BTHD: queries at the positions ``start .. start + T`` of the cache.
     :param k_BSGD: key cache, ``S`` positions of which those from ``start + T`` on are not read.
-    :param start: position of the first query: an int, or a tensor, which is not waited for, of no dimension or
-        ``(B,)`` where every sequence has a length of its own.
+    :param start: position of the first query: an int, or a tensor, which is not waited for (and so not looked at: it
+        must be in the cache), of no dimension or ``(B,)`` where every sequence has a length of its own.
     :param leftpad: padding tokens before each sequence, int ``(B,)``. They are attended by no one, and positions
         count from behind them.
     :param impl: ``sdpa``: PyTorch's attention under a mask. ``triton``: a kernel that reads only the keys that a
@@ -45,8 +46,7 @@ def cached_attention(
             "generate with use_cache=false, or use follows_input=False"
         )
     _check(q_BTHD, k_BSGD, v_BSGD, pattern, start, leftpad, head_offset)
-    if scale is None:
-        scale = q_BTHD.shape[3] ** -0.5
+    q_BTHD, scale = positive_scale(q_BTHD, scale)
     if impl == "auto":
         decoding = q_BTHD.device.type == "cuda" and 0 < q_BTHD.shape[1] <= DECODE_QUERIES and q_BTHD.shape[0] > 0
         impl = "triton" if decoding and not _decode_unsuitable(q_BTHD, k_BSGD, v_BSGD, pattern) else "sdpa"
@@ -79,16 +79,22 @@ def _masked(
 ) -> Tensor:
     T, H = q_BTHD.shape[1:3]
     device = q_BTHD.device
+    if not isinstance(start, Tensor):
+        k_BSGD, v_BSGD = k_BSGD[:, : start + T], v_BSGD[:, : start + T]
     B, S = k_BSGD.shape[:2]
     # Positions count from behind the padding.
     k_start = 0 if leftpad is None else -leftpad.to(device)
     q_start = (start.to(device).flatten() if isinstance(start, Tensor) else start) + k_start
     i = _column(q_start) + torch.arange(T, device=device)[None, None, :, None]
     j = _column(k_start) + torch.arange(S, device=device)[None, None, None, :]
+    # A mask alone does not keep what is unwritten out: its weight is zero, and zero times NaN is NaN.
+    unread = (j < 0) | (j >= _column(q_start) + T)
+    if leftpad is not None or isinstance(start, Tensor):
+        k_BSGD, v_BSGD = (x.masked_fill(unread[:, 0, 0, :, None, None], 0.0) for x in (k_BSGD, v_BSGD))
     bound = pattern.bind(q_BTHD, k_BSGD, head_offset=head_offset, q_start=q_start, k_start=k_start)
     b = torch.arange(B if pattern.follows_content else 1, device=device)[:, None, None, None]
     h = torch.arange(H, device=device)[:, None, None]
-    mask = bound.mask_mod(b, h, i, j) & (j >= 0)
+    mask = bound.mask_mod(b, h, i, j) & ~unread
     mask = mask.expand(-1, H, T, S)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BSGD, v_BSGD))
     out = F.scaled_dot_product_attention(
@@ -132,6 +138,10 @@ def _check(
         raise ValueError(f"n_heads={H} must be a multiple of n_kv_heads={k.shape[2]}")
     if head_offset < 0 or head_offset + H > pattern.n_heads:
         raise ValueError(f"heads {head_offset} to {head_offset + H} are not among the {pattern.n_heads} of {pattern}")
+    if not isinstance(start, Tensor) and not 0 <= start <= k.shape[1] - q.shape[1]:
+        raise ValueError(
+            f"start={start}: {q.shape[1]} queries from there on do not fit a cache of {k.shape[1]} positions"
+        )
     if isinstance(start, Tensor) and start.shape not in ((), (1,), (B,)):
         raise ValueError(f"start must have no dimension or be ({B},), not {tuple(start.shape)}")
     if leftpad is not None and leftpad.shape != (B,):

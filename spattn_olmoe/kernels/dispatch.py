@@ -14,6 +14,7 @@ from ..patterns import Pattern
 from . import cpu, flex, reference
 from .documents import check_cu_doc_lens
 from .fastest import cuda_capability, fastest, triton_unsuitable
+from .scale import positive_scale
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def attention(
         the call.
     :param cu_doc_lens: cumulative document lengths over the rows laid end to end, int ``(documents + 1,)``, from 0 to
         ``B * T``: pairs in different documents do not attend each other.
-    :param scale: factor on the scores, ``D ** -0.5`` by default.
+    :param scale: factor on the scores, any finite number; ``D ** -0.5`` by default.
     :param head_offset: the global index of the first head of ``q`` (tensor parallelism, Ulysses).
     :returns: ``(B, T, H, D)`` in q's dtype. A query without any key gets exact zeros, and zero gradients.
     :raises ValueError: shapes, dtypes, devices or an implementation that do not fit.
@@ -92,9 +93,8 @@ def attention(
     reason = unsuitable(chosen, *call)
     if reason:
         raise ValueError(f"attention.impl={chosen!r} {reason}")
-    return IMPLEMENTATIONS[chosen](
-        q, k, v, pattern, cu_doc_lens=cu_doc_lens, scale=D**-0.5 if scale is None else scale, head_offset=head_offset
-    )
+    q, scale = positive_scale(q, scale)
+    return IMPLEMENTATIONS[chosen](q, k, v, pattern, cu_doc_lens=cu_doc_lens, scale=scale, head_offset=head_offset)
 
 
 def choose(

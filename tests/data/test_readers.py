@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import tempfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spattn_olmoe.data import readers
-from spattn_olmoe.data.chunks import Chunk, Position
+from spattn_olmoe.data.chunks import BrokenFileError, Chunk, Position
 from spattn_olmoe.data.documents import texts
 from spattn_olmoe.data.mixture import LAG, Mixture
 
@@ -82,9 +85,33 @@ def test_separated_texts_come_back(pieces: list[str]) -> None:
     wanted = [piece.removeprefix("\ufeff") if i == 0 else piece for i, piece in enumerate(pieces)]
     while wanted and not wanted[-1].encode().strip():
         wanted.pop()
-    assert [item[0] if isinstance(item, tuple) else None for item in found] == [
+    assert [item.text if isinstance(item, tuple) else None for item in found] == [
         piece if piece and not piece.isspace() else None for piece in wanted
     ]
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
+def test_a_bomb_is_given_up_before_it_costs_much(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"bomb.{kind}"
+    with gzip.open(path, "wb", 9) if kind == "jsonl.gz" else zstandard.open(path, "wb") as file:
+        for _ in range(32):
+            file.write(bytes(2**22))
+    pieces: list[int] = []
+    with pytest.raises(BrokenFileError, match="decompresses to more than 500 times its size"):
+        for data, _share in readers.byte_chunks(path, 0):
+            pieces.append(len(data))
+    assert max(pieces) <= 2**25 and sum(pieces) <= 2**27
+
+
+def test_a_table_of_one_long_entry_many_times_over_is_read_a_few_rows_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "_BATCH_BYTES", 2**25)
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": pa.array(["x" * 2**20] * 200).dictionary_encode()}), path, compression="zstd")
+    assert path.stat().st_size < 10_000
+    held = [pa.total_allocated_bytes() for _cell in readers.parquet_cells(path, "text", 0)]
+    assert len(held) == 200 and max(held) < 2**27  # of 200 MB of text
 
 
 @given(

@@ -31,9 +31,9 @@ def write_as(kind: str, folder: Path, texts: list[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps({"text": t, "meta": {"n": i}}) + "\n" for i, t in enumerate(texts)).encode()
     path = folder / f"a.{kind}"
-    if kind == "jsonl":
+    if kind in ("jsonl", "json"):
         path.write_bytes(lines)
-    elif kind == "jsonl.gz":
+    elif kind in ("jsonl.gz", "json.gz"):
         path.write_bytes(gzip.compress(lines[:1000]) + gzip.compress(lines[1000:]))  # two members are one file
     elif kind == "jsonl.zst":
         compress = zstandard.ZstdCompressor().compress
@@ -49,7 +49,7 @@ def write_as(kind: str, folder: Path, texts: list[str]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz", "json.gz", "jsonl.zst", "parquet", "txt"])
 def test_every_format_gives_each_documents_ids_and_an_eos(
     kind: str, documents: list[str], make_config: Make, encode: Encode, tmp_path: Path
 ) -> None:
@@ -145,7 +145,6 @@ def test_a_split_that_is_not_there_is_refused(documents: list[str], make_config:
 GOOD = json.dumps({"text": "a sound document"}).encode()
 BAD_LINES = {
     b'{"text": "half a': "malformed JSON",
-    b"": "blank line",
     b'{"txt": "x"}': "no field 'text' (has 'txt')",
     b'{"text": 3}': "field 'text' is int",
     b'{"text": null}': "field 'text' is NoneType",
@@ -163,7 +162,7 @@ BAD_LINES = {
 def test_every_bad_line_is_rejected_with_its_number_and_reason(
     hub: bool, make_config: Make, encode: Encode, tmp_path: Path
 ) -> None:
-    lines = [line for bad in BAD_LINES for line in (GOOD, bad)] + [GOOD]
+    lines = [line for bad in BAD_LINES for line in (GOOD, bad)] + [GOOD, b"", b"\r"]
     (tmp_path / "bad.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     source = (
         SourceConfig(hub=str(tmp_path), data_files=["*.jsonl"])
@@ -178,6 +177,36 @@ def test_every_bad_line_is_rejected_with_its_number_and_reason(
     for reject, reason in zip(found, BAD_LINES.values(), strict=True):
         assert reason in reject["reason"], reject
     assert manifest.statistics["rejects"] == len(BAD_LINES)
+
+
+def test_a_text_file_of_windows_is_split_at_the_same_separator(
+    make_config: Make, encode: Encode, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_bytes(b"first text\r\nstill first\r\n\r\nsecond text\r\n\r\nthird\r\n")
+    source = SourceConfig(paths=[str(tmp_path / "a.txt")], separator="\n\n")
+    manifest = prepare(make_config(sources=[source]))
+    assert manifest.count("train").documents == 3
+    assert read_ids(manifest.train_paths) == encode(["first text\r\nstill first", "second text", "third"])
+
+
+def test_an_integer_of_5000_digits_beside_the_text_is_no_matter(make_config: Make, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a text", "id": ' + "7" * 5000 + "}\n")
+    assert prepare(make_config(tmp_path / "a.jsonl")).count("train").documents == 1
+
+
+def test_a_name_with_brackets_is_that_file_before_it_is_a_pattern(
+    documents: list[str], make_config: Make, tmp_path: Path
+) -> None:
+    path = write_jsonl(tmp_path / "wiki[en]" / "a.jsonl", documents)
+    assert prepare(make_config(path)).count("train").documents == len(documents)
+
+
+def test_pipes_and_devices_are_refused(make_config: Make, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    os.symlink("/dev/zero", tmp_path / "b.jsonl")
+    for name in ("a", "b"):
+        with pytest.raises(ValueError, match="is a pipe or a device"):
+            prepare(make_config(tmp_path / f"{name}.jsonl"))
 
 
 def test_a_line_too_long_for_memory_is_skipped_without_being_held(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -99,6 +100,18 @@ def test_tokenizers_that_will_not_do_are_refused(
     with pytest.raises(ValueError) as error:
         prepare(make_config(path, tokenizer=TokenizerSection(**options)))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_end_of_document_that_texts_can_forge_is_refused(
+    tokenizer_file: Path, make_config: Make, tmp_path: Path
+) -> None:
+    content = json.loads(tokenizer_file.read_bytes())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "plain.json").write_text(json.dumps(content))
+    path = write_jsonl(tmp_path / "a.jsonl", ["Write <|endoftext|> between two texts", "A second document."])
+    with pytest.raises(ValueError, match=r'eos_token_id=0: a text with .* "special": true'):
+        prepare(make_config(path, tokenizer=TokenizerSection(identifier=str(tmp_path / "plain.json"))))
 
 
 def test_a_tokenizer_is_trained_on_the_sources(documents: list[str], make_config: Make, tmp_path: Path) -> None:

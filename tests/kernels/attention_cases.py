@@ -114,7 +114,7 @@ def numpy_attention(q, k, v, allowed, case: Case):
     B, T, H, D = q.shape
     document = np.arange(B * T) * 0 if case.docs is None else np.repeat(np.arange(len(case.docs)), case.docs)
     document = document.reshape(B, T)
-    scale = case.scale or 1 / np.sqrt(D)
+    scale = 1 / np.sqrt(D) if case.scale is None else case.scale
     out = np.zeros_like(q)
     for b in range(B):
         for h in range(H):

@@ -53,6 +53,24 @@ def test_reference_is_textbook_attention(mask, case):
     torch.testing.assert_close(forward("reference", case, pattern, q, k, v), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu", "flex"])
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+@pytest.mark.parametrize("mask", ["standard", "spattention+sharing", "every_other"])
+def test_a_scale_may_be_zero_or_negative(mask, scale, impl):
+    case = Case(T=70, N=70, scale=scale)
+    pattern = build(mask, case.H, case.N)
+    q, k, v, _ = inputs(case, requires_grad=False)
+    expected = numpy_attention(q, k, v, pattern.dense_mask(case.T).tolist(), case)
+    torch.testing.assert_close(forward(impl, case, pattern, q, k, v), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_must_be_finite(scale):
+    q = torch.randn(1, 3, 4, 8)
+    with pytest.raises(ValueError, match=r"scale=.*finite"):
+        attention(q, q, q, build("standard", 4, 8), scale=scale)
+
+
 @pytest.mark.parametrize("mask", ["spattention+sharing", "gbhalf", "every_other"])
 def test_reference_gradients_are_those_of_finite_differences(mask):
     case = Case(T=6, N=6, H=2, G=1, B=1, D=3, docs=(4, 2))

@@ -13,7 +13,7 @@ ALL = [*MASKS, *OWN, *CONTENT]
 def through_cache(q, k, v, pattern, steps, capacity, as_tensor=False, **kwargs):
     """Outputs of all queries, fed in ``steps`` at a time; unwritten places of the cache hold rubbish."""
     B, T, G, D = k.shape
-    keys, values = (torch.full((B, capacity, G, D), rubbish, dtype=k.dtype) for rubbish in (7e3, -9e3))
+    keys, values = (torch.full((B, capacity, G, D), rubbish, dtype=k.dtype) for rubbish in (float("nan"), float("inf")))
     out, start = [], 0
     for step in steps:
         here = slice(start, start + step)
@@ -44,6 +44,8 @@ def test_left_padded_sequences_are_attended_as_if_alone(mask, steps):
     leftpad = torch.tensor([0, 5, 23])
     pattern = build(mask, case.H, case.N)
     q, k, v, _ = inputs(case, requires_grad=False)
+    for b, pad in enumerate(leftpad.tolist()):
+        k[b, :pad] = v[b, :pad] = float("nan")
     got = through_cache(q, k, v, pattern, steps, capacity=24, leftpad=leftpad)
     for b, pad in enumerate(leftpad.tolist()):
         alone = attention(*(x[b : b + 1, pad:] for x in (q, k, v)), pattern, "reference")
@@ -68,6 +70,24 @@ def test_local_heads_and_scale():
     got = through_cache(q, k, v, pattern, [5, 15], capacity=20, head_offset=2, scale=0.7)
     expected = attention(q, k, v, pattern, "reference", head_offset=2, scale=0.7)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
+
+
+def test_queries_behind_the_end_of_the_cache_are_refused():
+    pattern = build("spattention+sharing", 4, 32)
+    q, k = torch.randn(2, 3, 4, 8), torch.randn(2, 13, 2, 8)
+    with pytest.raises(ValueError, match=r"start=12: 3 queries from there on do not fit a cache of 13 positions"):
+        cached_attention(q, k, k, pattern, start=12)
+    with pytest.raises(ValueError, match="start=-1"):
+        cached_attention(q, k, k, pattern, start=-1)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_scales_that_are_not_positive(scale):
+    case = Case(T=12, N=12)
+    pattern = build("standard", case.H, case.N)
+    q, k, v, _ = inputs(case, requires_grad=False)
+    got = through_cache(q, k, v, pattern, [5, 7], capacity=14, scale=scale)
+    torch.testing.assert_close(got, attention(q, k, v, pattern, "reference", scale=scale), rtol=1e-10, atol=1e-11)
 
 
 def test_a_cache_in_half_precision_serves_float32_queries():

@@ -30,8 +30,6 @@ def run(
     """
     B, T, H, _ = q_BTHD.shape
     doc_start, doc_end = (None, None) if cu_doc_lens is None else document_bounds(cu_doc_lens, B, T)
-    if scale <= 0:  # the kernels take the maximum of scores before they scale them
-        q_BTHD, scale = q_BTHD * (scale and -1.0), -scale or 1.0
     heads = local_intervals(pattern, head_offset, H)
     return banded_forward(q_BTHD, k_BTGD, v_BTGD, heads, scale, doc_start, doc_end)[0]
 
