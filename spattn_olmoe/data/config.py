@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import os
 import re
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
+
+from ..settings import read_as
 
 DTYPES = ("auto", "uint16", "uint32")
 WHEN_EXHAUSTED = ("continue", "stop")
@@ -97,24 +92,13 @@ class DataConfig:
     """How much work a crash may cost."""
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> DataConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DataConfig:
     """Defaults, then the YAML file (and what it ``extends``), then ``key=value`` pairs.
 
     :param overrides: ``key=value`` with dots and indices, e.g. ``sources[0].field=content``; values are YAML.
     :raises ValueError: no such file, no valid YAML, an unknown key (the nearest known one is named) or a wrong value.
     """
-    config: DictConfig = OmegaConf.structured(DataConfig)
-    for layer in _layers(Path(path)):
-        with _one_line(str(path)):
-            config = typing.cast(DictConfig, OmegaConf.merge(config, layer))
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise ValueError(f"{override!r} is no key=value")
-        with _one_line(override):
-            OmegaConf.update(config, key, yaml.safe_load(value), merge=True)
-    with _one_line(str(path)):
-        result = typing.cast(DataConfig, OmegaConf.to_object(config))
+    result = read_as(DataConfig, path, overrides)
     check(result)
     return result
 
@@ -155,44 +139,6 @@ def parse_part(part: str) -> tuple[int, int]:
     if not match or int(match[1]) >= int(match[2]):
         raise ValueError(f"part={part!r}: must be i/n with i from 0 to n - 1, e.g. 0/8")
     return int(match[1]), int(match[2])
-
-
-def _layers(path: Path) -> list[DictConfig]:
-    """The YAML file and those it extends, the most basic first."""
-    with _one_line(str(path)):
-        try:
-            layer = OmegaConf.load(path)
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(layer, DictConfig):
-        raise ValueError(f"{path}: must be a mapping of keys to values")
-    base = layer.pop("extends", None)
-    return [*(_layers(path.parent / base) if base else []), layer]
-
-
-class _one_line:
-    """Turns OmegaConf's errors into one line with the nearest known key."""
-
-    def __init__(self, where: str):
-        self.where = where
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _type: Any, error: BaseException | None, _traceback: Any) -> None:
-        if isinstance(error, OmegaConfBaseException):
-            key, section = error.full_key or "", error.object_type
-            problem = str(error.msg or error).splitlines()[0]
-            known = [f.name for f in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []
-            if error.key is not None and known and str(error.key) not in known:
-                nearest = difflib.get_close_matches(str(error.key), known, n=1, cutoff=0.0)
-                problem = f"unknown key of {_SECTIONS[section]}; the nearest known one is {nearest[0]!r}"
-            raise ValueError(f"{self.where}: {key}: {problem}") from error
-
-
-_SECTIONS: dict[Any, str] = {DataConfig: "the config", SourceConfig: "sources[]", TokenizerSection: "tokenizer"}
 
 
 def _require(condition: bool, message: str) -> None:

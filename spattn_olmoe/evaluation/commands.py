@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import nearest
+from ..settings import parse
 
 _OPTIONS = ("offline", "follows_input", "max_length", "tokenizer", "device")
 _TRUE_OR_FALSE = ("offline", "follows_input")
@@ -48,19 +49,16 @@ def read_options(words: list[str]) -> dict[str, Any]:
     """
     options: dict[str, Any] = {}
     for word in words:
-        key, sign, value = word.partition("=")
-        if not sign or key not in _OPTIONS:
-            raise ValueError(
-                f"{word}: not an option{nearest(key, _OPTIONS)} (known: {', '.join(_OPTIONS)}, as key=value)"
-            )
-        if key in _TRUE_OR_FALSE and value not in ("true", "false"):
-            raise ValueError(f"{key}={value}: must be true or false")
-        if key == "max_length" and (not value.isdecimal() or int(value) < 1):
-            raise ValueError(f"max_length={value}: must be a whole number of at least 1")
-        if key in _TRUE_OR_FALSE:
-            options[key] = value == "true"
-        else:
-            options[key] = int(value) if key == "max_length" else value
+        ((key, value),) = parse([word]).items()
+        if key not in _OPTIONS:
+            raise ValueError(f"{word}: not an option{nearest(key, _OPTIONS)} (known: {', '.join(_OPTIONS)})")
+        if key in _TRUE_OR_FALSE and not isinstance(value, bool):
+            raise ValueError(f"{word}: must be true or false")
+        if key == "max_length" and (type(value) is not int or value < 1):
+            raise ValueError(f"{word}: must be a whole number of at least 1")
+        if key in ("tokenizer", "device") and not isinstance(value, str):
+            raise ValueError(f"{word}: must be text")
+        options[key] = value
     return options
 
 

@@ -19,7 +19,8 @@ from olmo_core.train.common import DurationUnit
 from ..data.config import DataConfig
 from ..data.config import load_config as load_data_config
 from ..model.flops import flops_per_token
-from ..train.config import ExperimentConfig, load_experiment, read_yaml
+from ..settings import read
+from ..train.config import ExperimentConfig, load_experiment
 from ..train.progress import PEAK_FLOPS
 from ..train.run import check
 
@@ -236,7 +237,7 @@ def _run(model: str, variant: str, seed: int, config: Path, overrides: Sequence[
         f"data_loader.seed={order + seed}",
         "trainer.callbacks.start_record._CLASS_=spattn_olmoe.paper.start.StartRecord",
     ]
-    key = config_key(read_yaml(config, wanted))
+    key = config_key(read(config, wanted))
     folder = out / "runs" / f"{model}-{variant}-seed{seed}-{key}"
     return Run(model, variant, seed, config, (*wanted, f"trainer.save_folder={folder}"), folder, key)
 
@@ -244,7 +245,7 @@ def _run(model: str, variant: str, seed: int, config: Path, overrides: Sequence[
 @functools.cache
 def _first_seeds(config: Path, overrides: tuple[str, ...]) -> tuple[int, int]:
     """The seeds of weights and of data order that a config states."""
-    plain = read_yaml(config, overrides)
+    plain = read(config, overrides)
     return plain["init_seed"], plain["data_loader"]["seed"]
 
 

@@ -67,8 +67,8 @@ def test_wrong_values_are_refused_in_one_line(config_file: Path, override: str, 
     [
         (MINIMAL + "outptu: x\n", ["outptu", "'output'"]),
         (MINIMAL.replace("paths", "path"), ["sources", "path", "'paths'"]),
-        ("a: [", ["no valid YAML"]),
-        ("- 1\n", ["must be a mapping"]),
+        ("a: [", ["is not valid YAML"]),
+        ("- 1\n", ["must hold a mapping"]),
         (MINIMAL.replace("output: out\n", ""), ["output"]),
     ],
 )
@@ -81,5 +81,5 @@ def test_wrong_files_are_refused_in_one_line(tmp_path: Path, content: str, words
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere\.yaml: No such file"):
+    with pytest.raises(ValueError, match=r"nowhere\.yaml does not exist"):
         load_config(tmp_path / "nowhere.yaml")

@@ -13,8 +13,9 @@ from rich.console import Console
 
 from spattn_olmoe.model.flops import flops_per_token
 from spattn_olmoe.model.section import layer_patterns
+from spattn_olmoe.settings import read
 from spattn_olmoe.train import load_experiment
-from spattn_olmoe.train.config import decode_experiment, read_yaml
+from spattn_olmoe.train.config import decode_experiment
 from spattn_olmoe.train.dry_run import dry_run
 from spattn_olmoe.train.run import check
 from spattn_olmoe.train.wandb import WandB
@@ -50,19 +51,19 @@ def test_a_chain_of_bases_is_merged_from_the_bottom(tmp_path):
         middle="extends: bottom.yaml\na: {y: 2, z: [9]}\n",
         bottom="a: {x: 1, y: 1, z: [1, 2]}\nb: 4\n",
     )
-    assert read_yaml(tmp_path / "top.yaml") == {"a": {"x": 3, "y": 2, "z": [9]}, "b": 4}
+    assert read(tmp_path / "top.yaml") == {"a": {"x": 3, "y": 2, "z": [9]}, "b": 4}
 
 
 def test_the_command_line_comes_last_and_interpolation_after_it(tmp_path):
     write(tmp_path, top="extends: base.yaml\nname: top\n", base="name: base\nfolder: runs/${name}-${a.x}\na: {x: 1}\n")
-    assert read_yaml(tmp_path / "top.yaml") == {"name": "top", "folder": "runs/top-1", "a": {"x": 1}}
-    overridden = read_yaml(tmp_path / "top.yaml", ["a.x=2", "name=mine", "a.new=[1,2]"])
+    assert read(tmp_path / "top.yaml") == {"name": "top", "folder": "runs/top-1", "a": {"x": 1}}
+    overridden = read(tmp_path / "top.yaml", ["a.x=2", "name=mine", "a.new=[1,2]"])
     assert overridden == {"name": "mine", "folder": "runs/mine-2", "a": {"x": 2, "new": [1, 2]}}
 
 
 def test_an_override_is_what_yaml_makes_of_it(tmp_path):
     write(tmp_path, top="a: 1\n")
-    values = read_yaml(tmp_path / "top.yaml", ["b=true", "c=1e-4", "d=null", "e=text", "f=[0,2]", "g={h: 1}", "i=a=b"])
+    values = read(tmp_path / "top.yaml", ["b=true", "c=1e-4", "d=null", "e=text", "f=[0,2]", "g={h: 1}", "i=a=b"])
     assert values == {"a": 1, "b": True, "c": 1e-4, "d": None, "e": "text", "f": [0, 2], "g": {"h": 1}, "i": "a=b"}
 
 
@@ -85,12 +86,12 @@ FILES = {
 @pytest.mark.parametrize(("files", "said"), FILES.values(), ids=FILES.keys())
 def test_files_that_cannot_be_read_are_named(tmp_path, files, said):
     write(tmp_path, **files)
-    refused(lambda: read_yaml(tmp_path / "top.yaml"), *said)
+    refused(lambda: read(tmp_path / "top.yaml"), *said)
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     (tmp_path / "top.yaml").write_bytes(b"\xff\xfe\x00a")
-    refused(lambda: read_yaml(tmp_path / "top.yaml"), "top.yaml is not valid YAML")
+    refused(lambda: read(tmp_path / "top.yaml"), "top.yaml is not valid YAML")
 
 
 @pytest.mark.parametrize("argument", ["attention.type", "--name=x", "attention.type:eball"])
@@ -168,7 +169,7 @@ def test_a_key_that_must_be_stated_is_named():
 
 
 def test_a_section_that_is_missing_is_named():
-    data = read_yaml(BASE, TINY)
+    data = read(BASE, TINY)
     del data["data_loader"]
     refused(lambda: decode_experiment(data), "data_loader")
 
@@ -239,7 +240,7 @@ def test_a_shipped_config_has_the_published_parameters(name):
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "quickstart.yaml"])
 def test_a_shipped_config_differs_from_its_base_in_the_attention_type_only(name):
     base = ROOT / "configs" / "base" / f"{name.partition('_')[0]}.yaml"
-    ours, theirs = (without_type(read_yaml(path)) for path in (ROOT / "configs" / name, base))
+    ours, theirs = (without_type(read(path)) for path in (ROOT / "configs" / name, base))
     assert ours == theirs
 
 

@@ -1,0 +1,148 @@
+"""Settings from YAML files and from ``key=value`` words: one reader and one grammar for every command.
+
+``extends:`` names a base file and a file holds only what differs from it; words come last. The value of a word is YAML,
+its key has dots for nesting and indices for lists: ``trainer.save_folder=null``, ``sources[0].field=content``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .errors import nearest
+
+T = TypeVar("T")
+
+_KEY = re.compile(r"[^\s.\[\]]+(\.[^\s.\[\]]+|\[\d+\])*")
+
+
+def read(path: str | Path, words: Sequence[str] = ()) -> dict[str, Any]:
+    """A YAML file with its bases below it and words on top, interpolations resolved.
+
+    :raises ValueError: one line that names the file or the word.
+    """
+    return cast("dict[str, Any]", _resolved(_merged(OmegaConf.create(), path, words), str(path)))
+
+
+def read_as(schema: type[T], path: str | Path, words: Sequence[str] = ()) -> T:
+    """The same as an instance of a dataclass, with its defaults below all, every key and value checked against it.
+
+    :raises ValueError: as :func:`read`; or a key that the dataclass has not, or a value of another type.
+    """
+    config = _merged(OmegaConf.structured(schema), path, words)
+    _resolved(config, str(path))
+    with _one_line(str(path)):
+        return cast(T, OmegaConf.to_object(config))
+
+
+def parse(words: Sequence[str]) -> dict[str, Any]:
+    """What words alone say, nested as their keys are.
+
+    :raises ValueError: one line that names the word.
+    """
+    config = OmegaConf.create()
+    for word in words:
+        _set(config, word)
+    return cast("dict[str, Any]", _resolved(config, " ".join(words)))
+
+
+def first_line(error: Exception) -> str:
+    """The part of a library's message that fits a line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"{error.problem}, line {error.problem_mark.line + 1}"
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+def _resolved(config: DictConfig, where: str) -> Any:
+    """Plain values, with what ``${...}`` refers to in its place: here and nowhere else interpolations are looked at."""
+    with _one_line(where):
+        return OmegaConf.to_container(config, resolve=True)
+
+
+def _merged(config: DictConfig, path: str | Path, words: Sequence[str]) -> DictConfig:
+    for file, layer in _layers(Path(path), ()):
+        with _one_line(str(file)):
+            config = cast(DictConfig, OmegaConf.merge(config, layer))
+    for word in words:
+        _set(config, word)
+    return config
+
+
+def _set(config: DictConfig, word: str) -> None:
+    """Put a word's value where its key says; a mapping is merged into the one that is there, a list replaces it."""
+    key, equals, text = word.partition("=")
+    if not equals or word.startswith("-") or not _KEY.fullmatch(key):
+        raise ValueError(f"argument {_short(word)!r} is no key=value")
+    with _one_line(_short(word)):
+        # OmegaConf's own reader: YAML's reads 1e-4 as text
+        value = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"])))["value"]
+        if isinstance(value, bool) and text.strip().lower() not in ("true", "false"):
+            value = text  # yes, no, on and off are words, as in YAML 1.2
+        OmegaConf.update(config, key, value, merge=True)
+
+
+def _layers(path: Path, extending: tuple[Path, ...]) -> list[tuple[Path, DictConfig]]:
+    """A file and those it extends, the most basic first."""
+    path = path.resolve()
+    if path in extending:
+        raise ValueError(f"{path} extends itself: {' -> '.join(p.name for p in (*extending, path))}")
+    if not path.is_file():
+        by = f", which {extending[-1]} extends," if extending else ""
+        raise ValueError(f"config file {path}{by} does not exist")
+    config = _load(path)
+    base = config.pop("extends", None)
+    if base is None:
+        return [(path, config)]
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: extends={base} must be the name of one file")
+    return [*_layers(path.parent / base, (*extending, path)), (path, config)]
+
+
+def _load(path: Path) -> DictConfig:
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        # by the root's kind, since OmegaConf takes plain text for a key
+        config = OmegaConf.create(text) if isinstance(root, yaml.MappingNode) else OmegaConf.create()
+    except RecursionError:
+        raise ValueError(f"{path} is not valid YAML: nested too deeply") from None
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:  # bytes that are no text: a ValueError
+        raise ValueError(f"{path} is not valid YAML: {first_line(error)}") from error
+    if not isinstance(root, (yaml.MappingNode, type(None))):
+        raise ValueError(f"{path} must hold a mapping of keys to values")
+    return cast(DictConfig, config)
+
+
+@contextlib.contextmanager
+def _one_line(where: str) -> Iterator[None]:
+    """Turn errors of YAML and OmegaConf into one line that says where, and which key is the nearest."""
+    try:
+        yield
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: the value is no YAML: {first_line(error)}; quote it") from error
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply") from None
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{where}: {_problem(error)}") from error
+    except ValueError as error:  # Python's own limit to the digits of a number
+        raise ValueError(f"{where}: {first_line(error)}") from error
+
+
+def _problem(error: OmegaConfBaseException) -> str:
+    section = error.object_type
+    known = [f.name for f in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []
+    if error.key is not None and known and str(error.key) not in known:
+        return f"{error.full_key} is not a key{nearest(str(error.key), known)} (known: {', '.join(known)})"
+    return f"{error.full_key}: {first_line(error)}" if error.full_key else first_line(error)
+
+
+def _short(word: str) -> str:
+    return word if len(word) < 100 else f"{word[:80]} ..."
