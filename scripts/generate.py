@@ -19,8 +19,8 @@ def main() -> None:
     args = parser.parse_args()
     with user_errors():
         quiet()
-        from spattn_olmoe.model.checkpoints import resolve_checkpoint
-        from spattn_olmoe.model.generation import generate
+        from spattn_olmoe.model.checkpoint import generate
+        from spattn_olmoe.model.checkpoint_files import resolve_checkpoint
 
         print(
             generate(

@@ -69,8 +69,9 @@ def _resolved(config: DictConfig, where: str) -> Any:
 
 def _merged(config: DictConfig, path: str | Path, words: Sequence[str]) -> DictConfig:
     for file, layer in _layers(Path(path), ()):
-        with _one_line(str(file)):
-            config = cast(DictConfig, OmegaConf.merge(config, layer))
+        for key in layer:  # one by one: inside a list, OmegaConf's errors do not say whose list it is
+            with _one_line(f"{file}: {key}"):
+                config = cast(DictConfig, OmegaConf.merge(config, OmegaConf.masked_copy(layer, cast("list[str]", [key]))))
     for word in words:
         _set(config, word)
     return config
@@ -137,10 +138,10 @@ def _one_line(where: str) -> Iterator[None]:
 
 
 def _problem(error: OmegaConfBaseException) -> str:
-    section = error.object_type
+    section: Any = error.object_type
     known = [f.name for f in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []
     if error.key is not None and known and str(error.key) not in known:
-        return f"{error.full_key} is not a key{nearest(str(error.key), known)} (known: {', '.join(known)})"
+        return f"{error.full_key} is not a key of {section.__name__}{nearest(str(error.key), known)} (known: {', '.join(known)})"
     return f"{error.full_key}: {first_line(error)}" if error.full_key else first_line(error)
 
 

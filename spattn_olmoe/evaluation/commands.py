@@ -98,7 +98,7 @@ def _suite(args: argparse.Namespace, checkpoint: str, options: dict[str, Any]) -
 
     names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
     suite = suite_of_tasks(names, args.num_fewshot) if args.tasks else find_suite(args.suite or "table1")
-    opened = Checkpoint.open(checkpoint, follows_input=options.get("follows_input"))
+    opened = Checkpoint.open(checkpoint, follows_input=options.pop("follows_input", None))
     offline = options.pop("offline", True)
     if offline:  # before anything imports datasets, which decides once
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -108,7 +108,7 @@ def _suite(args: argparse.Namespace, checkpoint: str, options: dict[str, Any]) -
     with run.task_manager(suite, offline) as manager:
         from .model import SPAttnLM
 
-        lm = SPAttnLM(opened.path, batch_size=args.batch_size, **options)
+        lm = SPAttnLM(opened, batch_size=args.batch_size, **options)
         results = run.evaluate(lm, suite, manager, from_wheel=offline, limit=args.limit)
     if results is None:
         return

@@ -34,7 +34,7 @@ Row = TypeVar("Row", bound=tuple)
 class SPAttnLM(TemplateLM):
     """A checkpoint of ours under lm-eval.
 
-    :param checkpoint: a checkpoint, or a run's folder for its newest one.
+    :param checkpoint: an opened checkpoint; or a folder to open, as lm-eval's own command line names it.
     :param batch_size: sequences computed together; changes no score.
     :param max_length: the most tokens that are read at once, by default the length of training. Longer contexts lose
         their beginning; :attr:`truncated` counts them.
@@ -47,7 +47,7 @@ class SPAttnLM(TemplateLM):
 
     def __init__(
         self,
-        checkpoint: str,
+        checkpoint: Checkpoint | str,
         batch_size: int | str = 16,
         max_length: int | None = None,
         follows_input: bool | None = None,
@@ -60,7 +60,11 @@ class SPAttnLM(TemplateLM):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size={batch_size!r}: must be a whole number of at least 1")
         self.batch_size = int(batch_size)
-        self.checkpoint = Checkpoint.open(checkpoint, follows_input=follows_input)
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = Checkpoint.open(checkpoint, follows_input=follows_input)
+        elif follows_input is not None:
+            checkpoint = checkpoint.with_follows_input(follows_input)
+        self.checkpoint = checkpoint
         self.max_length = int(max_length or self.checkpoint.sequence_length)
         self.max_gen_toks = int(max_gen_toks)
         self.truncated = 0

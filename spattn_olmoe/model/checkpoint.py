@@ -1,25 +1,28 @@
-"""Checkpoints as evaluation loads them: checked first, then one model with its tokenizer."""
+"""A checkpoint opened: what it says about itself is checked first, then its model and tokenizer are loaded."""
 
 from __future__ import annotations
 
+import json
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from olmo_core.distributed.utils import get_world_size
-from olmo_core.generate.generation_module import TransformerGenerationModule
+from olmo_core.generate.generation_module import GenerationConfig, TransformerGenerationModule
 from olmo_core.nn.transformer import TransformerConfig
 from tokenizers import Tokenizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..data.config import TokenizerSection
 from ..data.tokenizer import find_tokenizer, parse_tokenizer, vocab_size
-from .checkpoints import resolve_checkpoint
+from .checkpoint_files import resolve_checkpoint
 from .fingerprint import FILE_NAME, Fingerprint
-from .generation import load_generator, load_tokenizer, read_checkpoint_config
+from .remedies import apply_remedies
 from .section import layer_patterns, with_follows_input
+
+TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,13 @@ class Checkpoint:
         except KeyError as error:
             raise ValueError(f"{path}/config.json has no {error}: it describes no model") from None
         _check_fingerprint(path, model)
-        if follows_input is not None:
-            model = with_follows_input(model, follows_input)
-        return cls(path, config, model, tuple(pattern.to_config() for pattern in layer_patterns(model)))
+        opened = cls(path, config, model, _layers(model))
+        return opened if follows_input is None else opened.with_follows_input(follows_input)
+
+    def with_follows_input(self, follows_input: bool) -> Checkpoint:
+        """The same checkpoint, to be loaded with bands of the input's length or with bands as long as they are."""
+        model = with_follows_input(self.model, follows_input)
+        return replace(self, model=model, layers=_layers(model))
 
     @property
     def sequence_length(self) -> int:
@@ -109,6 +116,71 @@ class Checkpoint:
                 f"checkpoint {self.path} cannot be read, a file is missing, cut off or damaged "
                 f"({type(cause).__name__}: {cause}): restore it, or name an older stepN"
             ) from error
+
+
+def read_checkpoint_config(checkpoint: str | Path) -> dict[str, Any]:
+    """The experiment config that a checkpoint carries."""
+    path = Path(checkpoint) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: the checkpoint does not say what model it is") from None
+
+
+def load_tokenizer(checkpoint: str | Path) -> Tokenizer:
+    """The tokenizer that a checkpoint carries, or else the one that its config names: a file, or one on the hub."""
+    own = Path(checkpoint) / TOKENIZER_FILE
+    name = str(own) if own.is_file() else read_checkpoint_config(checkpoint)["dataset"]["tokenizer"]["identifier"]
+    data, _ = find_tokenizer(TokenizerSection(identifier=name))
+    return parse_tokenizer(data, name)
+
+
+def load_generator(
+    checkpoint: str, device: torch.device | None = None, *, model: TransformerConfig | None = None
+) -> TransformerGenerationModule:
+    """A generation module with a checkpoint's weights; token ids come from its ``config.json``.
+
+    :param model: the model to load them into; by default the one that ``config.json`` describes.
+    """
+    apply_remedies()
+    tokenizer = read_checkpoint_config(checkpoint)["dataset"]["tokenizer"]
+    return TransformerGenerationModule.from_checkpoint(
+        checkpoint,
+        transformer_config=model,
+        generation_config=GenerationConfig(
+            pad_token_id=tokenizer["pad_token_id"], eos_token_id=tokenizer["eos_token_id"]
+        ),
+        device=device,
+    )
+
+
+def generate(
+    checkpoint: str, prompt: str, *, max_new_tokens: int, temperature: float, seed: int, use_cache: bool = True
+) -> str:
+    """Continue a prompt.
+
+    :param temperature: 0 takes the likeliest token each time; otherwise tokens are drawn, from ``seed``.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    if not ids:
+        raise ValueError("--prompt is empty: give at least one character")
+    module = load_generator(checkpoint)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        tokens, _, _ = module.generate_batch(
+            torch.tensor([ids]),
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            temperature=temperature,
+            use_cache=use_cache,
+            log_timing=False,
+        )
+    return tokenizer.decode(tokens[0].tolist())
+
+
+def _layers(model: TransformerConfig) -> tuple[dict[str, Any], ...]:
+    return tuple(pattern.to_config() for pattern in layer_patterns(model))
 
 
 def _device(name: str) -> torch.device:

@@ -69,9 +69,9 @@ def untrained(config: Path, overrides: Sequence[str], ids: torch.Tensor) -> dict
     return summary(measure_heads(model.eval(), [ids]))
 
 
-def trained(folder: Path, ids: torch.Tensor) -> dict[str, Any]:
-    """Statistics of a run's newest checkpoint."""
-    module = Checkpoint.open(folder).load()
+def trained(checkpoint: Checkpoint, ids: torch.Tensor) -> dict[str, Any]:
+    """Statistics of a trained model."""
+    module = checkpoint.load()
     return summary(measure_heads(module.model.eval(), [ids.to(module.device)]))
 
 
@@ -80,7 +80,8 @@ def measure(runs: Sequence[Run], machine: dict[str, Any]) -> dict[str, Any]:
 
     :param runs: finished runs; their seeds also start the untrained models.
     """
-    text = HeldOut.read(Checkpoint.open(runs[0].folder))
+    checkpoints = {run.name: Checkpoint.open(run.folder) for run in runs}
+    text = HeldOut.read(checkpoints[runs[0].name])
     ids = torch.from_numpy(text.ids[:_SEQUENCES])
     states: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for run in runs:
@@ -88,7 +89,7 @@ def measure(runs: Sequence[Run], machine: dict[str, Any]) -> dict[str, Any]:
         for state, overrides in UNTRAINED.items():
             found = untrained(run.config, [*plain, *overrides], ids)
             states.setdefault(state, {}).setdefault(run.variant, []).append(found)
-        states.setdefault("trained", {}).setdefault(run.variant, []).append(trained(run.folder, ids))
+        states.setdefault("trained", {}).setdefault(run.variant, []).append(trained(checkpoints[run.name], ids))
     return {
         "format": "spattn_olmoe appendix A 1",
         "definitions": DIVERSITIES,

@@ -20,7 +20,7 @@ SHORTEST = 8
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Held-out losses of a run's newest checkpoint.
+    """Held-out losses of a checkpoint, or of a run's newest one.
 
     ``held_out``: loss in total and by length of context, with every sequence's own mean. ``short_prompts``: mean loss of
     every sequence's beginning, with bands that stay as in training and with bands that follow the input's length.
@@ -41,17 +41,19 @@ def measure(folder: Path) -> dict[str, Any]:
             "length": text.ids.shape[1],
             "rows": rows,
         },
-        "short_prompts": _short_prompts(folder, patterns, text, losses),
+        "short_prompts": _short_prompts(checkpoint, patterns, text, losses),
         "dead_rows": _dead_rows(patterns[0], text.ids, checkpoint.eos_token_id),
     }
 
 
-def _short_prompts(folder: Path, patterns: list[Pattern], text: HeldOut, losses: np.ndarray) -> list[dict[str, Any]]:
+def _short_prompts(
+    checkpoint: Checkpoint, patterns: list[Pattern], text: HeldOut, losses: np.ndarray
+) -> list[dict[str, Any]]:
     """Losses of the beginnings of sequences; empty where the mask does not depend on the length of the input."""
     length = text.ids.shape[1]
     if all(same_mask(pattern, replace(pattern, follows_input=True), length // _SHORT[0]) for pattern in patterns):
         return []
-    following = Checkpoint.open(folder, follows_input=True)
+    following = checkpoint.with_follows_input(True)
     found = []
     for T in (length // part for part in _SHORT):
         if T < SHORTEST:

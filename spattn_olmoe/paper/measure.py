@@ -25,7 +25,7 @@ import torch
 from ..data import prepare
 from ..data.stdlib_corpus import write_stdlib_corpus
 from ..files import replace_file
-from ..model.checkpoints import find_checkpoint
+from ..model.checkpoint_files import find_checkpoint
 from ..train.metrics import METRICS_FILE, read_metrics
 from . import held_out
 from .losses import LOSS
@@ -169,8 +169,8 @@ def _train(run: Run, scale: Scale, children: list[subprocess.Popen[bytes]], stop
 
 
 def trained_steps(folder: Path) -> int:
-    """The step of a run's newest complete checkpoint; 0 where there is none."""
-    found = find_checkpoint(folder)
+    """The step of a run's newest complete checkpoint; 0 where there is none. Its name says it: nothing is hashed."""
+    found = find_checkpoint(folder, verify=False)
     return int(re.fullmatch(r"step(\d+)", Path(found).name)[1]) if found else 0  # type: ignore[index]
 
 
@@ -216,7 +216,8 @@ def result_of(run: Run, machine: dict[str, Any]) -> dict[str, Any]:
         "parameters": config.model.num_params,
         "start": read_start(run.folder),
         "training_loss": [round(loss, 6) for loss in curve.values()],
-        **held_out.measure(run.folder),
+        # The last step's or none: of a run's folder an older one would do, where the newest is damaged.
+        **held_out.measure(run.folder / f"step{trained_steps(run.folder)}"),
         "machine": machine,
     }
 

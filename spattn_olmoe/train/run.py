@@ -20,7 +20,7 @@ from olmo_core.train.train_module import TransformerTrainModuleConfig
 from olmo_core.utils import seed_all
 
 from ..lock import Lock
-from ..model.checkpoints import Checksums, find_checkpoint
+from ..model.checkpoint_files import Checksums, find_checkpoint
 from ..model.fingerprint import FILE_NAME as FINGERPRINT_FILE
 from ..model.fingerprint import Fingerprint, check_checkpoint
 from ..model.mixer import PatternAttentionConfig

@@ -15,8 +15,8 @@ from olmo_core.io import is_url
 
 from ..data.manifest import Manifest, verify, verify_shard
 from ..data.writer import Shard
+from ..model.checkpoint import TOKENIZER_FILE
 from ..model.fingerprint import FILE_NAME as FINGERPRINT_FILE
-from ..model.generation import TOKENIZER_FILE
 from ..ranks import first_problem
 from .config import ExperimentConfig
 from .evaluators import held_out_datasets

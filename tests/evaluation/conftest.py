@@ -17,7 +17,7 @@ from spattn_olmoe import build_pattern
 from spattn_olmoe.data import DataConfig, SourceConfig, TokenizerSection, prepare
 from spattn_olmoe.errors import user_errors
 from spattn_olmoe.evaluation import commands
-from spattn_olmoe.model.checkpoints import write_checksums
+from spattn_olmoe.model.checkpoint_files import write_checksums
 from tests.conftest import ROOT, run_training
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from spattn_olmoe.evaluation import run
 from spattn_olmoe.evaluation.suites import suite_of_tasks
+from spattn_olmoe.files import hash_file
+from spattn_olmoe.model import checkpoint_files
 
 
 def copy(folder: str, target: Path, *, checksums: bool = False) -> Path:
@@ -130,3 +132,22 @@ def test_with_network_tasks_are_lm_evals_own():
     with run.task_manager(suite_of_tasks(["copa", "mmlu_anatomy"]), from_wheel=False) as manager:
         for name in ("copa", "mmlu_anatomy"):
             assert str(manager.task_index[name].yaml_path).startswith(str(Path(lm_eval.tasks.__file__).parent))
+
+
+@pytest.mark.parametrize("words", [["--tasks", "copa"], ["--loss"]], ids=lambda words: words[0])
+def test_a_checkpoint_is_hashed_once(checkpoint_of, evaluate_command, held_out_data, tmp_path, monkeypatch, words):
+    hashed: list[Path] = []
+
+    def counting(path, *args):
+        hashed.append(Path(path))
+        return hash_file(path, *args)
+
+    monkeypatch.setattr(checkpoint_files, "hash_file", counting)
+    folder = Path(checkpoint_of("eball"))
+    data = ["--data", str(held_out_data)] if words == ["--loss"] else []
+    code, _, err = evaluate_command(
+        *("--checkpoint", str(folder), *words, "--limit", "1", "--out", str(tmp_path), *data, "follows_input=true")
+    )
+    assert code == 0, err
+    there = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != checkpoint_files.FOLDER]
+    assert sorted(hashed) == sorted(there)

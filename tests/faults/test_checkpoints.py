@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spattn_olmoe.model.checkpoints import find_checkpoint, find_damage, resolve_checkpoint, write_checksums
+from spattn_olmoe.model.checkpoint_files import find_checkpoint, find_damage, resolve_checkpoint, write_checksums
 from tests.faults.injected import inject
 from tests.faults.processes import Run
 

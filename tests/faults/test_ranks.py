@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from spattn_olmoe.model.checkpoints import find_damage
+from spattn_olmoe.model.checkpoint_files import find_damage
 from tests.faults.injected import inject
 from tests.faults.processes import Run
 from tests.faults.test_checkpoints import WEIGHTS, flip

@@ -12,8 +12,8 @@ from olmo_core.distributed.checkpoint import save_model_and_optim_state
 from olmo_core.generate.generation_module import GenerationConfig, TransformerGenerationModule
 
 from spattn_olmoe.model import apply_remedies, with_attention
-from spattn_olmoe.model.checkpoints import resolve_checkpoint
-from spattn_olmoe.model.generation import generate, load_generator, load_tokenizer, read_checkpoint_config
+from spattn_olmoe.model.checkpoint import generate, load_generator, load_tokenizer, read_checkpoint_config
+from spattn_olmoe.model.checkpoint_files import resolve_checkpoint
 
 from .tiny import PAD, VOCAB, tiny, write_data
 
