@@ -69,9 +69,11 @@ def _resolved(config: DictConfig, where: str) -> Any:
 
 def _merged(config: DictConfig, path: str | Path, words: Sequence[str]) -> DictConfig:
     for file, layer in _layers(Path(path), ()):
-        for key in layer:  # one by one: inside a list, OmegaConf's errors do not say whose list it is
+        for key in cast(
+            "list[str]", list(layer)
+        ):  # one by one: inside a list, OmegaConf's errors do not say whose list it is
             with _one_line(f"{file}: {key}"):
-                config = cast(DictConfig, OmegaConf.merge(config, OmegaConf.masked_copy(layer, cast("list[str]", [key]))))
+                config = cast(DictConfig, OmegaConf.merge(config, OmegaConf.masked_copy(layer, [key])))
     for word in words:
         _set(config, word)
     return config
