@@ -14,7 +14,8 @@ from olmo_core.train.callbacks import Callback
 
 from spattn_olmoe.model.remedies import apply_remedies
 from spattn_olmoe.train import load_experiment
-from spattn_olmoe.train.run import build_trainer, check, check_layout
+from spattn_olmoe.train.layout import check_layout
+from spattn_olmoe.train.run import build_trainer, check
 
 
 def resident(key: str) -> int:

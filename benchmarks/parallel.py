@@ -23,7 +23,7 @@ from spattn_olmoe import machine
 from spattn_olmoe.patterns import build_pattern
 from spattn_olmoe.patterns.head_order import imbalance
 from spattn_olmoe.tables import table
-from spattn_olmoe.train.run import check_layout
+from spattn_olmoe.train.layout import check_layout
 from tests.model import layouts
 from tests.model.layouts import ATTENTION, KEYS, LAYOUTS, MICROBATCH, REFUSED, difference
 from tests.model.tiny import tiny

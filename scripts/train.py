@@ -33,7 +33,8 @@ def main() -> None:
         from spattn_olmoe.train.config import load_experiment, show
         from spattn_olmoe.train.dry_run import dry_run
         from spattn_olmoe.train.faults import fit
-        from spattn_olmoe.train.run import check, check_layout, checkpoint_to_load, prepare, with_order_of
+        from spattn_olmoe.train.layout import check_layout
+        from spattn_olmoe.train.run import check, checkpoint_to_load, prepare, with_order_of
 
         if args.show:
             print(show(args.config, args.overrides, args.show))

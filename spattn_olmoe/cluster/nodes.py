@@ -15,7 +15,8 @@ import torch.multiprocessing
 from olmo_core.exceptions import OLMoConfigurationError
 
 from ..train.config import ExperimentConfig
-from ..train.run import check, check_layout
+from ..train.layout import check_layout
+from ..train.run import check
 from .node import FAIL, OK, WARN, Row, check_node
 
 TIMEOUT = timedelta(seconds=120)

@@ -11,8 +11,7 @@ from olmo_core.train.common import DurationUnit
 
 from ..model.flops import Flops, flops_per_token
 from ..train.config import ExperimentConfig
-from ..train.layout import RECOMPUTABLE, Layout
-from ..train.run import check_layout
+from ..train.layout import RECOMPUTABLE, Layout, check_layout
 from .machines import GPU, GPUS, assumed
 from .memory import Memory, Shape, checkpoint_bytes, memory
 from .speed import Speed, Work, speed

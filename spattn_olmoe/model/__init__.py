@@ -2,15 +2,13 @@
 
 from .mixer import PatternAttention, PatternAttentionConfig, PatternBackend
 from .remedies import apply_remedies
-from .section import AttentionPlan, attach, plan_attention, with_attention
+from .section import attach, with_attention
 
 __all__ = [
-    "AttentionPlan",
     "PatternAttention",
     "PatternAttentionConfig",
     "PatternBackend",
     "apply_remedies",
     "attach",
-    "plan_attention",
     "with_attention",
 ]

@@ -51,15 +51,12 @@ _SUPPORTED = (
 class PatternAttentionConfig(AttentionConfig):
     """OLMo-core's attention config, with a pattern.
 
-    :param pattern: the attention type: a name that :func:`spattn_olmoe.build_pattern` knows.
-    :param pattern_options: the type's own options, and ``follows_input``.
-    :param band_length: the band length ``N``; normally the sequence length of training.
+    :param pattern: arguments of :func:`spattn_olmoe.build_pattern` but for ``n_heads``, which this config has: ``name``,
+        ``band_length`` and options. :class:`.Fingerprint` has the same keys.
     :param impl: how attention is computed, as in :func:`spattn_olmoe.attention`.
     """
 
-    pattern: str = "standard"
-    pattern_options: dict[str, Any] = field(default_factory=dict)
-    band_length: int = 0
+    pattern: dict[str, Any] = field(default_factory=dict)
     impl: str = "auto"
 
     def build_pattern(self) -> Pattern:
@@ -67,9 +64,7 @@ class PatternAttentionConfig(AttentionConfig):
 
         :raises ValueError: unknown type or option, or a band length that does not fit.
         """
-        return build_pattern(
-            self.pattern, n_heads=self.n_heads, band_length=self.band_length, **dict(self.pattern_options)
-        )
+        return build_pattern(**{"name": "standard", "band_length": 0, **self.pattern, "n_heads": self.n_heads})
 
     def validate(self) -> None:
         """Raise a ValueError where an option cannot be honoured."""
@@ -112,6 +107,11 @@ class PatternAttentionConfig(AttentionConfig):
         return PatternAttention(
             d_model=d_model, init_device=init_device, cache=cache, pattern=self.build_pattern(), impl=self.impl, **dense
         )
+
+
+def stored(pattern: Pattern) -> dict[str, Any]:
+    """A pattern as :class:`PatternAttentionConfig` holds it."""
+    return {key: value for key, value in pattern.to_config().items() if key != "n_heads"}
 
 
 class PatternAttention(Attention):

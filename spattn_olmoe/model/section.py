@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from olmo_core.nn.attention import AttentionConfig
+from olmo_core.nn.attention.base import SequenceMixerConfig
 from olmo_core.nn.transformer import TransformerBlockConfig, TransformerConfig
 
 from ..errors import nearest
-from ..patterns import Pattern, available_patterns, build_pattern, pattern_options
+from ..patterns import Pattern, available_patterns, pattern_options
 from ..patterns.head_order import BALANCED, NATURAL
-from .mixer import PatternAttentionConfig
+from .mixer import PatternAttentionConfig, stored
 
 BASELINE = "standard"
 """The type of layers that ``attention.layers`` leaves out."""
@@ -24,109 +25,60 @@ AUTO = "auto"
 _SECTION = ("type", "band_length", "impl", "layers")
 
 
-@dataclass(frozen=True)
-class AttentionPlan:
-    """An ``attention:`` section, checked.
-
-    :param type: attention type.
-    :param options: the options that this type reads.
-    :param ignored: options that the section states and only other types read.
-    :param band_length: band length ``N``.
-    :param impl: how attention is computed.
-    :param layers: the layers that have this type; None means all.
-    """
-
-    type: str
-    options: dict[str, Any]
-    ignored: tuple[str, ...]
-    band_length: int
-    impl: str
-    layers: tuple[int, ...] | None
-
-    def pattern(self, n_heads: int) -> Pattern:
-        """The pattern at a number of heads."""
-        return build_pattern(self.type, n_heads=n_heads, band_length=self.band_length, **self.options)
-
-
-def plan_attention(section: Mapping[str, Any], *, band_length: int, ranks: int = 1) -> AttentionPlan:
-    """Check an ``attention:`` section.
-
-    Keys are ``type``, ``band_length`` (band length, by default the length of training), ``impl``, ``layers`` and the
-    options of any attention type: those of other types are allowed and not read, so that one base config serves all.
-    ``head_order: auto`` is ``balanced`` where several ranks share a layer's heads and ``natural`` elsewhere.
-
-    :param ranks: ranks that share the heads: the degrees of tensor and context parallelism, multiplied.
-
-    :raises ValueError: a key that no type knows, or a value that does not fit.
-    """
-    type_ = section.get("type", BASELINE)
-    if not isinstance(type_, str):
-        raise ValueError(f"attention.type={type_!r}: must be a name (known: {', '.join(available_patterns())})")
-    reads = pattern_options(type_)
-    by_other_types = {option for name in available_patterns() for option in pattern_options(name)}
-    known = {*_SECTION, *reads, *by_other_types}
-    for key in section:
-        if key not in known:
-            raise ValueError(
-                f"attention.{key} is not a key of the attention section{nearest(str(key), known)} "
-                f"(known: {', '.join(sorted(known))})"
-            )
-    options = {key: section[key] for key in reads if section.get(key) is not None}
-    if options.get("head_order", AUTO) == AUTO:
-        options["head_order"] = BALANCED if ranks > 1 else NATURAL
-    ignored = tuple(sorted(key for key in section if key not in (*_SECTION, *reads)))
-    N = section.get("band_length")
-    return AttentionPlan(
-        type=type_,
-        options=options,
-        ignored=ignored,
-        band_length=band_length if N is None else N,
-        impl=section.get("impl") or "auto",
-        layers=_layers(section.get("layers")),
-    )
-
-
-def _layers(value: Any) -> tuple[int, ...] | None:
-    if value is None or value == "all":
-        return None
-    if not isinstance(value, (list, tuple)) or not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
-        raise ValueError(f"attention.layers={value!r}: must be 'all' or a list of layer numbers such as [0,2]")
-    return tuple(sorted(set(value)))
-
-
-def with_attention(model: TransformerConfig, *, band_length: int, **section: Any) -> TransformerConfig:
+def attach(
+    model: TransformerConfig, section: Mapping[str, Any], *, band_length: int, ranks: int = 1
+) -> TransformerConfig:
     """A copy of a model config that attends as an ``attention:`` section says.
 
-    :param band_length: band length ``N``: the sequence length of training.
-    :param section: ``type``, ``impl``, ``layers`` and options, as in the YAML: ``type="spattention", local_sharing=True``.
-    :raises ValueError: the section is wrong, or the model has no OLMo-core attention to replace.
+    Keys are ``type``, ``band_length``, ``impl``, ``layers`` and the options of any attention type: those of other types
+    are allowed and not read (:func:`unread_options`), so that one base config serves all. ``head_order: auto`` is
+    ``balanced`` where several ranks share a layer's heads and ``natural`` elsewhere.
+
+    :param band_length: the band length ``N`` where the section states none: the sequence length of training.
+    :param ranks: ranks that share the heads: the degrees of tensor and context parallelism, multiplied.
+    :raises ValueError: a key that no type knows, a value that does not fit, or a model without an OLMo-core
+        attention to replace.
     """
-    return attach(model, plan_attention(section, band_length=band_length))
-
-
-def attach(model: TransformerConfig, plan: AttentionPlan) -> TransformerConfig:
-    """:func:`with_attention` for a section that has been checked."""
+    check_section(section)
     block = model.block
     if not isinstance(block, TransformerBlockConfig):
         raise ValueError("model.block must be one block for all layers: named blocks are not supported")
-    chosen = range(model.n_layers) if plan.layers is None else plan.layers
-    for layer in chosen:
-        if not 0 <= layer < model.n_layers:
-            raise ValueError(f"attention.layers has {layer} but the model has layers 0 to {model.n_layers - 1}")
+    chosen = _layers(section.get("layers"), model.n_layers)
+    # Layers that are not chosen share everything that is not the type's own: length, rule and implementation.
+    shared = {key: section.get(key) for key in ("band_length", "follows_input", "impl")}
 
-    baseline = replace(plan, type=BASELINE, options={k: v for k, v in plan.options.items() if k == "follows_input"})
-    model = copy.deepcopy(model)
-    overrides = dict(model.block_overrides or {})
-    for layer, own in overrides.items():
-        overrides[layer] = _with_mixer(own, plan if layer in chosen else baseline, model.d_model)
+    def attending(block: TransformerBlockConfig, *, is_chosen: bool) -> TransformerBlockConfig:
+        mixer = mixer_config(
+            block.sequence_mixer,
+            section if is_chosen else {**shared, "type": BASELINE},
+            d_model=model.d_model,
+            band_length=band_length,
+            ranks=ranks,
+        )
+        return replace(copy.deepcopy(block), sequence_mixer=mixer)
+
+    overrides = {
+        layer: attending(own, is_chosen=layer in chosen) for layer, own in (model.block_overrides or {}).items()
+    }
     for layer in range(model.n_layers):
         if layer not in chosen and layer not in overrides:
-            overrides[layer] = _with_mixer(block, baseline, model.d_model)
-    return replace(model, block=_with_mixer(block, plan, model.d_model), block_overrides=overrides or None)
+            overrides[layer] = attending(block, is_chosen=False)
+    return replace(copy.deepcopy(model), block=attending(block, is_chosen=True), block_overrides=overrides or None)
 
 
-def _with_mixer(block: TransformerBlockConfig, plan: AttentionPlan, d_model: int) -> TransformerBlockConfig:
-    dense = block.sequence_mixer
+def with_attention(model: TransformerConfig, *, band_length: int, **section: Any) -> TransformerConfig:
+    """:func:`attach` for Python: ``with_attention(model, band_length=4096, type="spattention", local_sharing=True)``."""
+    return attach(model, section, band_length=band_length)
+
+
+def mixer_config(
+    dense: SequenceMixerConfig, section: Mapping[str, Any], *, d_model: int, band_length: int, ranks: int = 1
+) -> PatternAttentionConfig:
+    """The mixer of a section: a layer's own attention with the section's pattern in it. Parameters as :func:`attach`.
+
+    The pattern is stored as it was built, ``balanced`` and defaults spelled out, so that old checkpoints stay valid if
+    :func:`.balanced_order` or a default changes.
+    """
     if not isinstance(dense, AttentionConfig):
         raise ValueError(
             f"model.block.sequence_mixer is a {type(dense).__name__}: attention types replace OLMo-core's attention only"
@@ -135,19 +87,51 @@ def _with_mixer(block: TransformerBlockConfig, plan: AttentionPlan, d_model: int
         raise ValueError(
             f"model.d_model={d_model} must be a multiple of model.block.sequence_mixer.n_heads={dense.n_heads}"
         )
-    shared = {f.name: copy.deepcopy(getattr(dense, f.name)) for f in fields(AttentionConfig)}
+    name = section.get("type", BASELINE)
+    options = {key: section[key] for key in pattern_options(name) if section.get(key) is not None}
+    if options.get("head_order", AUTO) == AUTO:
+        options["head_order"] = BALANCED if ranks > 1 else NATURAL
+    stated = section.get("band_length")
     mixer = PatternAttentionConfig(
-        **shared, pattern=plan.type, pattern_options=dict(plan.options), band_length=plan.band_length, impl=plan.impl
+        **{f.name: copy.deepcopy(getattr(dense, f.name)) for f in fields(AttentionConfig)},
+        pattern={"name": name, "band_length": band_length if stated is None else stated, **options},
+        impl=section.get("impl") or "auto",
     )
     mixer.validate()
-    pattern = mixer.build_pattern()
-    if (
-        "head_order" in mixer.pattern_options
-    ):  # the permutation: checkpoints must not depend on what "balanced" makes of it
-        mixer.pattern_options["head_order"] = pattern.to_config()["head_order"]
-    out = copy.deepcopy(block)
-    out.sequence_mixer = mixer
-    return out
+    return replace(mixer, pattern=stored(mixer.build_pattern()))
+
+
+def check_section(section: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a key that no type knows, naming the nearest, and for an unknown type."""
+    name = section.get("type", BASELINE)
+    if not isinstance(name, str):
+        raise ValueError(f"attention.type={name!r}: must be a name (known: {', '.join(available_patterns())})")
+    reads = pattern_options(name)
+    known = {*_SECTION, *reads, *(option for other in available_patterns() for option in pattern_options(other))}
+    for key in section:
+        if key not in known:
+            raise ValueError(
+                f"attention.{key} is not a key of the attention section{nearest(str(key), known)} "
+                f"(known: {', '.join(sorted(known))})"
+            )
+
+
+def unread_options(section: Mapping[str, Any]) -> tuple[str, ...]:
+    """The options that a section states and only types other than its own read."""
+    reads = pattern_options(section.get("type", BASELINE))
+    return tuple(sorted(key for key in section if key not in (*_SECTION, *reads)))
+
+
+def _layers(value: Any, n_layers: int) -> Sequence[int]:
+    """The layers that ``attention.layers`` chooses."""
+    if value is None or value == "all":
+        return range(n_layers)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
+        raise ValueError(f"attention.layers={value!r}: must be 'all' or a list of layer numbers such as [0,2]")
+    for layer in value:
+        if not 0 <= layer < n_layers:
+            raise ValueError(f"attention.layers has {layer} but the model has layers 0 to {n_layers - 1}")
+    return value
 
 
 def with_follows_input(model: TransformerConfig, follows_input: bool) -> TransformerConfig:
@@ -159,7 +143,7 @@ def with_follows_input(model: TransformerConfig, follows_input: bool) -> Transfo
     assert isinstance(model.block, TransformerBlockConfig)
     for block in (model.block, *(model.block_overrides or {}).values()):
         if isinstance(block.sequence_mixer, PatternAttentionConfig):
-            block.sequence_mixer.pattern_options["follows_input"] = follows_input
+            block.sequence_mixer.pattern["follows_input"] = follows_input
     for pattern in layer_patterns(model):
         assert pattern.follows_input == follows_input
     return model

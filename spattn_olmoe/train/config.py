@@ -6,7 +6,7 @@ checked against the config classes before anything is built, so that a typo is m
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +20,17 @@ from olmo_core.train import TrainerConfig
 from olmo_core.train.train_module import TransformerTrainModuleConfig
 
 from ..errors import nearest
-from ..model.section import AttentionPlan, attach, plan_attention
+from ..model.section import attach
 from ..settings import first_line, read
 from .keys import check_keys
+from .layout import Degrees
 
 
 @dataclass
 class ExperimentConfig(Config):
     """One training run. Sections are OLMo-core's classes; see their documentation for their keys.
 
-    :param attention: the attention type and its options, see :func:`spattn_olmoe.model.section.plan_attention`.
+    :param attention: the attention type and its options, see :func:`spattn_olmoe.model.section.attach`.
     :param model: the model. Its attention is replaced as ``attention`` says.
     :param name: what the run is called; part of its save folder in the shipped configs.
     :param init_seed: seed of data order aside, everything random: initial weights first of all.
@@ -53,9 +54,8 @@ class ExperimentConfig(Config):
 
     @property
     def ranks_per_layer(self) -> int:
-        """How many ranks share the heads of a layer: the degrees of tensor and context parallelism, multiplied."""
-        parts = (self.train_module.tp_config, self.train_module.cp_config)
-        return math.prod(part.degree for part in parts if part is not None)
+        """How many ranks share the heads of a layer."""
+        return Degrees.of(self.train_module).heads
 
     def as_config_dict(self) -> dict[str, Any]:
         """The experiment as JSON can hold it. Unlike OLMo-core's own, with nulls: a null may stand for a default."""
@@ -67,13 +67,13 @@ class ExperimentConfig(Config):
             recurse=True,
         )
 
-    def plan(self) -> AttentionPlan:
-        """The attention section, checked."""
-        return plan_attention(self.attention, band_length=self.sequence_length, ranks=self.ranks_per_layer)
-
     def model_with_attention(self) -> TransformerConfig:
-        """The model config with its attention patterns in it."""
-        return attach(self.model, self.plan())
+        """The model config with its attention patterns in it, made once: change a config by ``replace``, not in place."""
+        return self._model_with_attention
+
+    @functools.cached_property
+    def _model_with_attention(self) -> TransformerConfig:
+        return attach(self.model, self.attention, band_length=self.sequence_length, ranks=self.ranks_per_layer)
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:

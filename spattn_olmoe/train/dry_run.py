@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..model.flops import flops_per_token
-from ..model.section import layer_patterns
+from ..model.section import layer_patterns, unread_options
 from ..patterns import Pattern, causal_pairs
 from ..patterns.head_order import imbalance
 from .config import ExperimentConfig
@@ -27,7 +27,9 @@ def dry_run(config: ExperimentConfig, console: Console | None = None) -> None:
     patterns = list(layer_patterns(model))
     console.print(run_table(config))
     console.print(
-        attention_table(patterns, config.sequence_length, config.plan().ignored, ranks=config.ranks_per_layer)
+        attention_table(
+            patterns, config.sequence_length, unread_options(config.attention), ranks=config.ranks_per_layer
+        )
     )
 
 

@@ -1,14 +1,20 @@
-"""A parallel layout: how ranks share a model and a batch, as OLMo-core 3.0.0 builds it from ``train_module``."""
+"""A parallel layout: how ranks share a model and a batch, as OLMo-core 3.0.0 builds it from ``train_module``.
+
+All that knows degrees is here: :class:`Layout` reads and writes them, :func:`check_layout` refuses what cannot train.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import TYPE_CHECKING, NamedTuple
 
 from olmo_core.distributed.parallel import DataParallelType
 from olmo_core.nn.attention.ring import UlyssesContextParallelStyle
 from olmo_core.nn.transformer import TransformerActivationCheckpointingMode as Checkpointing
+from olmo_core.nn.transformer import TransformerBlockConfig
+from olmo_core.train.train_module import TransformerTrainModuleConfig
 from olmo_core.train.train_module.transformer.config import (
     TransformerActivationCheckpointingConfig,
     TransformerContextParallelConfig,
@@ -17,10 +23,31 @@ from olmo_core.train.train_module.transformer.config import (
     TransformerTensorParallelConfig,
 )
 
-from .config import ExperimentConfig
+from ..model.mixer import PatternAttentionConfig
+
+if TYPE_CHECKING:  # config.py asks for degrees
+    from .config import ExperimentConfig
 
 RECOMPUTABLE = ("attention_norm", "attention", "feed_forward_norm", "feed_forward_moe.experts")
 """Parts of a block that activation checkpointing may wrap. The router may not: it counts what it routes."""
+
+
+class Degrees(NamedTuple):
+    """Over how many ranks a config's ``train_module`` spreads a layer, by kind of parallelism; 1 is none."""
+
+    tensor: int
+    context: int
+    expert: int
+
+    @classmethod
+    def of(cls, module: TransformerTrainModuleConfig) -> Degrees:
+        parts = (module.tp_config, module.cp_config, module.ep_config)
+        return cls(*(part.degree if part is not None else 1 for part in parts))
+
+    @property
+    def heads(self) -> int:
+        """Ranks that share the heads of a layer: Ulysses exchanges sequence for heads, so it multiplies."""
+        return self.tensor * self.context
 
 
 @dataclass(frozen=True)
@@ -66,7 +93,7 @@ class Layout:
 
     @property
     def parallelisms(self) -> int:
-        """How many things are to be understood besides FSDP: the smaller, the simpler."""
+        """Number of kinds of parallelism besides plain FSDP; of two layouts that fit, the smaller is preferred."""
         return sum(
             (self.tensor > 1, self.context > 1, self.expert > 1, self.data_parallel != "fsdp", bool(self.recomputed))
         )
@@ -89,10 +116,8 @@ class Layout:
             raise ValueError("train_module.pp_config: pipeline parallelism is not modelled; unset it to plan")
         if module.cp_config is not None and module.cp_config.ring is not None:
             raise ValueError("train_module.cp_config.ring is not supported: use train_module.cp_config.uly={}")
-        tensor, context, expert = (
-            part.degree if part is not None else 1 for part in (module.tp_config, module.cp_config, module.ep_config)
-        )
-        data_ranks = ranks // (tensor * context)
+        degrees = Degrees.of(module)
+        data_ranks = ranks // degrees.heads
         dp = module.dp_config
         shard = {"fsdp": data_ranks, "ddp": 1}.get(str(dp.name), 0) if dp is not None else 1
         if dp is not None and dp.name == DataParallelType.hsdp:
@@ -101,9 +126,7 @@ class Layout:
             ranks=ranks,
             data_parallel=str(dp.name) if dp is not None else None,
             shard_degree=shard,
-            tensor=tensor,
-            context=context,
-            expert=expert,
+            **degrees._asdict(),
             microbatch=module.rank_microbatch_size,
             recomputed=_recomputed(module.ac_config),
         )
@@ -180,3 +203,147 @@ def _recomputed(ac: TransformerActivationCheckpointingConfig | None) -> frozense
                 f"{', '.join(f'blocks.*.{part}' for part in RECOMPUTABLE)})"
             )
     return frozenset(part for part, globs in parts.items() if globs)
+
+
+# ---- what cannot train ------------------------------------------------------------------------------------------------
+
+
+def check_layout(config: ExperimentConfig, world_size: int) -> None:
+    """Raise unless the parallel layout fits a number of ranks.
+
+    OLMo-core finds out some of this after minutes, on all ranks at once, and some of it never: it then trains wrongly.
+    """
+    module, T = config.train_module, config.sequence_length
+    if module.pp_config is not None:
+        raise ValueError(
+            "train_module.pp_config: OLMo-core 3.0.0's pipelines train no model with this train module (its stages reject the "
+            "loss that it hands them): leave it unset and use fsdp or hsdp, with tp_config or cp_config"
+        )
+    # Degrees multiply, so each must divide what those before it leave. Expert parallelism reuses data-parallel ranks.
+    degree = 1
+    for name in ("tp_config", "cp_config"):
+        part = getattr(module, name)
+        if part is None:
+            continue
+        if part.degree < 1 or world_size % (degree * part.degree):
+            raise ValueError(
+                f"train_module.{name}.degree={part.degree} does not divide the {world_size // degree} ranks there are for it: "
+                f"start a multiple of {degree * part.degree} ranks or lower the degree"
+            )
+        degree *= part.degree
+    parallel = any(x is not None for x in (module.tp_config, module.cp_config, module.ep_config))
+    if world_size > 1 and module.dp_config is None:
+        raise ValueError(
+            f"train_module.dp_config is not set but {world_size} ranks were started: each would train a model of its own; "
+            "set train_module.dp_config.name=fsdp"
+        )
+    dp = module.dp_config
+    if dp is not None and dp.name == DataParallelType.ddp and module.tp_config is not None:
+        raise ValueError(
+            "train_module.dp_config.name=ddp with tp_config trains nothing in OLMo-core 3.0.0 (the gradient norm is 0): use fsdp"
+        )
+    if parallel and dp is None:
+        raise ValueError("train_module.dp_config must be set with any other parallelism: set its name to fsdp")
+    ranks = world_size // degree
+    _check_shards(config)
+    _check_data_parallel(module, ranks)
+    _check_recomputation(config)
+    if config.data_loader.global_batch_size % (ranks * T):
+        raise ValueError(
+            f"data_loader.global_batch_size={config.data_loader.global_batch_size} (tokens) must be a multiple of "
+            f"{ranks} data-parallel ranks x {T} tokens = {ranks * T}"
+        )
+    per_rank = config.data_loader.global_batch_size // ranks
+    if per_rank % module.rank_microbatch_size:
+        raise ValueError(
+            f"train_module.rank_microbatch_size={module.rank_microbatch_size} (tokens) must divide the {per_rank} tokens "
+            f"that each of {ranks} data-parallel ranks takes of a batch; set it to {per_rank} or a divisor"
+        )
+
+
+def _check_shards(config: ExperimentConfig) -> None:
+    """Raise where tensor, context or expert parallelism would have to cut a head, a token or an expert."""
+    module = config.train_module
+    if module.cp_config is not None and module.cp_config.ring is not None:
+        raise ValueError(
+            "train_module.cp_config.ring knows only the causal mask: use Ulysses, train_module.cp_config.uly={} without ring"
+        )
+    model = config.model_with_attention()
+    assert isinstance(model.block, TransformerBlockConfig)  # attach() refuses others
+    blocks = [model.block, *(model.block_overrides or {}).values()]
+    tp, cp, ep = Degrees.of(module)
+    sequence, heads, experts = [("dataset.sequence_length", config.sequence_length)], [], []
+    for block in blocks:
+        mixer, moe = block.sequence_mixer, block.feed_forward_moe
+        assert isinstance(mixer, PatternAttentionConfig)
+        heads += [("n_heads", mixer.n_heads), ("n_kv_heads", mixer.n_kv_heads or mixer.n_heads)]
+        experts += [("num_experts", moe.num_experts)] if moe is not None else []
+    # Ulysses takes whole heads after tensor parallelism has taken its share, and both cut the sequence; experts are cut
+    # by tensor parallelism, but dealt out whole by expert parallelism.
+    both = f"tp_config.degree={tp} x cp_config.degree={cp}" if tp > 1 < cp else ""
+    for degree, name, parts in (
+        (tp * cp, both or (f"cp_config.degree={cp}" if cp > 1 else f"tp_config.degree={tp}"), heads + sequence),
+        (tp, f"tp_config.degree={tp}", experts),
+        (ep, f"ep_config.degree={ep}", experts),
+    ):
+        for key, size in parts:
+            if degree < 1 or size % degree:
+                raise ValueError(f"train_module.{name} does not divide {key}={size}: use a divisor of it")
+
+
+def _check_data_parallel(module: TransformerTrainModuleConfig, ranks: int) -> None:
+    """Raise unless ``ranks`` data-parallel ranks can be the replicas, shards and expert groups that are asked for."""
+    dp, ep = module.dp_config, module.ep_config
+    hsdp = dp is not None and dp.name == DataParallelType.hsdp
+    if dp is not None and hsdp:
+        for key in ("shard_degree", "num_replicas"):
+            part = getattr(dp, key)
+            if part is not None and (part < 1 or ranks % part):
+                raise ValueError(
+                    f"train_module.dp_config.{key}={part} does not divide the {ranks} data-parallel ranks: "
+                    "set it to a divisor of them"
+                )
+    if ep is None:
+        return
+    for other in ("tp_config", "cp_config"):
+        if getattr(module, other) is not None:
+            raise ValueError(
+                f"train_module.ep_config with {other} does not work in OLMo-core 3.0.0: leave one of them unset"
+            )
+    if dp is None or not hsdp or dp.shard_degree != ep.degree:
+        found = f"name={dp.name} and shard_degree={dp.shard_degree}" if dp is not None else "none"
+        raise ValueError(
+            f"train_module.ep_config.degree={ep.degree} needs train_module.dp_config.name=hsdp and "
+            f"train_module.dp_config.shard_degree={ep.degree}, not {found}"
+        )
+
+
+def _check_recomputation(config: ExperimentConfig) -> None:
+    """Raise unless activation checkpointing leaves a mixture of experts and context parallelism intact."""
+    module, Mode = config.train_module, Checkpointing
+    ac = module.ac_config
+    if ac is None:
+        return
+    instead = "use mode=selected_modules with modules=[blocks.*.feed_forward_moe.experts,blocks.*.attention]"
+    if ac.mode == Mode.budget and not module.compile_model:
+        raise ValueError(
+            f"train_module.ac_config.mode=budget does nothing without train_module.compile_model=true: set it, or {instead}"
+        )
+    if ac.mode in (Mode.full, Mode.selected_blocks, Mode.selected_ops):
+        raise ValueError(
+            f"train_module.ac_config.mode={ac.mode} runs the router again in the backward pass, which counts its losses "
+            f"twice in OLMo-core 3.0.0: {instead}"
+        )
+    for layer in range(config.model.n_layers):
+        for part in ("", ".feed_forward_moe", ".feed_forward_moe.router"):
+            if any(fnmatch(f"blocks.{layer}{part}", pattern) for pattern in ac.modules or ()):
+                raise ValueError(
+                    f"train_module.ac_config.modules={ac.modules} matches blocks.{layer}{part} and with it the router, whose "
+                    "losses would be counted twice: name the experts and the attention, "
+                    "modules=[blocks.*.feed_forward_moe.experts,blocks.*.attention]"
+                )
+        if module.cp_config is not None and any(fnmatch(f"blocks.{layer}.attention", p) for p in ac.modules or ()):
+            raise ValueError(
+                f"train_module.ac_config.modules={ac.modules} matches blocks.{layer}.attention, which OLMo-core 3.0.0 cannot "
+                "recompute under cp_config: leave it out"
+            )

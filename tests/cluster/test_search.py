@@ -14,7 +14,8 @@ from spattn_olmoe.cluster import Layout, memory, plan
 from spattn_olmoe.cluster.machines import GPUS, assumed
 from spattn_olmoe.cluster.speed import TILE, tile_pairs
 from spattn_olmoe.train import load_experiment
-from spattn_olmoe.train.run import check, check_layout
+from spattn_olmoe.train.layout import check_layout
+from spattn_olmoe.train.run import check
 from tests.conftest import ROOT, training_environment
 
 LARGE = ROOT / "configs/1b7b_spattn.yaml"

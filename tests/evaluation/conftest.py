@@ -42,7 +42,7 @@ def checkpoint_of(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
             shutil.copytree(trained, folder)
             config = json.loads((folder / "config.json").read_text())
             mixer = config["model"]["block"]["sequence_mixer"]
-            mixer["pattern"], mixer["pattern_options"] = name, options
+            mixer["pattern"] = {"name": name, "band_length": mixer["pattern"]["band_length"], **options}
             (folder / "config.json").write_text(json.dumps(config))
             fingerprint = json.loads((folder / "attention.json").read_text())
             pattern = build_pattern(name, n_heads=4, band_length=32, **options)

@@ -9,7 +9,8 @@ import yaml
 
 from spattn_olmoe import __version__, machine
 from spattn_olmoe.train import load_experiment
-from spattn_olmoe.train.run import check, check_layout
+from spattn_olmoe.train.layout import check_layout
+from spattn_olmoe.train.run import check
 from tests.conftest import ROOT
 
 LAUNCH = ROOT / "scripts/launch"

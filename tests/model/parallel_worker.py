@@ -15,8 +15,9 @@ from olmo_core.train import Trainer, prepare_training_environment, teardown_trai
 
 from spattn_olmoe.model import PatternAttention, apply_remedies
 from spattn_olmoe.train import load_experiment
+from spattn_olmoe.train.layout import check_layout
 from spattn_olmoe.train.metrics import read_metrics
-from spattn_olmoe.train.run import build_trainer, check, check_layout, check_resume, checkpoint_to_load
+from spattn_olmoe.train.run import build_trainer, check, check_resume, checkpoint_to_load
 from spattn_olmoe.train.shards import check_data
 
 METRICS = ("train/CE loss", "optim/total grad norm", "train/load balancing loss")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from dataclasses import replace
 
 import pytest
 import torch
@@ -52,7 +51,7 @@ each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANT
 
 
 def config(pattern="standard", options=None, **dense) -> PatternAttentionConfig:
-    return PatternAttentionConfig(**{**DENSE, **dense}, pattern=pattern, pattern_options=options or {}, band_length=N)
+    return PatternAttentionConfig(**{**DENSE, **dense}, pattern={"name": pattern, "band_length": N, **(options or {})})
 
 
 def build(cfg: AttentionConfig, seed: int = 0, **kwargs):
@@ -179,7 +178,7 @@ def test_every_implementation_gives_the_same(impl):
 @pytest.mark.parametrize("documents", [False, True], ids=["", "documents"])
 def test_training_goes_on_after_inference(pattern, options, documents):
     """What inference has left in a cache serves a backward pass."""
-    ours = build(replace(config(pattern, options), band_length=N + 3))
+    ours = build(config(pattern, {**(options or {}), "band_length": N + 3}))
     x = inputs(B=1, T=N + 3)
     packed = {"cu_doc_lens": torch.tensor([0, 20, N + 3]), "max_doc_len": 31} if documents else {}
     ours(
@@ -284,20 +283,21 @@ REFUSED = {
         {"rope": RoPEConfig(no_global_rope=True)},
         ["rope.no_global_rope=true", "not supported"],
     ),
-    "type": ({"pattern": "spatention"}, ["attention.type='spatention'", "'spattention'"]),
-    "option": ({"pattern": "eball", "pattern_options": {"sharing": 1}}, ["attention.sharing", "eball"]),
+    "type": ({"pattern": {"name": "spatention"}}, ["attention.type='spatention'", "'spattention'"]),
+    "option": ({"pattern": {"name": "eball", "sharing": 1}}, ["attention.sharing", "eball"]),
     "option's value": (
-        {"pattern_options": {"follows_input": "both"}},
+        {"pattern": {"follows_input": "both"}},
         ["attention.follows_input='both'", "must be true or false"],
     ),
-    "no band length": ({"band_length": 0}, ["attention.band_length=0", "at least 1"]),
-    "more heads than tokens": ({"n_heads": 8, "band_length": 4}, ["n_heads=8", "band_length=4"]),
+    "no band length": ({"pattern": {"band_length": 0}}, ["attention.band_length=0", "at least 1"]),
+    "more heads than tokens": ({"n_heads": 8, "pattern": {"band_length": 4}}, ["n_heads=8", "band_length=4"]),
 }
 
 
 @pytest.mark.parametrize(("change", "said"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_cannot_be_honoured_is_refused_in_one_line(change, said):
-    cfg = PatternAttentionConfig(**{**DENSE, "pattern": "standard", "band_length": N, **change})
+    pattern = {"name": "standard", "band_length": N, **change.get("pattern", {})}
+    cfg = PatternAttentionConfig(**{**DENSE, **change, "pattern": pattern})
     with pytest.raises(ValueError) as caught:
         cfg.build(D_MODEL, layer_idx=0, n_layers=2)
     message = str(caught.value)
@@ -339,7 +339,7 @@ def test_what_the_backend_lacks_it_says():
 
 def warnings_of(caplog, pattern, T, n_seq, **options):
     caplog.clear()
-    cfg = PatternAttentionConfig(**DENSE, pattern=pattern, pattern_options=options, band_length=n_seq)
+    cfg = PatternAttentionConfig(**DENSE, pattern={"name": pattern, "band_length": n_seq, **options})
     module = build(cfg)
     with caplog.at_level(logging.WARNING), torch.no_grad():
         for _ in range(3):

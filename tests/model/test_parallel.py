@@ -19,7 +19,8 @@ from olmo_core.train.train_module.transformer.pipeline.pipeline_schedule import 
 
 from benchmarks import parallel
 from spattn_olmoe.model.fingerprint import FILE_NAME, Fingerprint
-from spattn_olmoe.train.run import check_layout, with_order_of
+from spattn_olmoe.train.layout import check_layout
+from spattn_olmoe.train.run import with_order_of
 
 from .layouts import ATTENTION, LAYOUTS, REFUSED, Resumed, difference, ep, hsdp, recomputing, tp, train, ulysses
 from .tiny import T, tiny
@@ -93,7 +94,7 @@ def test_heads_are_balanced_by_themselves_where_ranks_share_them(curves):
     assert max(difference(curves[1]["sharing fsdp"], curves[2]["auto"])) < 1e-5
     for layout, order in ((tp(2), [0, 3, 1, 2]), (ulysses(2), [0, 3, 1, 2]), (hsdp(2), "natural")):
         model = tiny(*ATTENTION["exclusive"], *layout).model_with_attention()
-        assert model.block.sequence_mixer.pattern_options["head_order"] == order
+        assert model.block.sequence_mixer.pattern["head_order"] == order
 
 
 @pytest.mark.parametrize("here", [(), tp(2)], ids=["one rank", "two ranks"])

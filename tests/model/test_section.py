@@ -8,8 +8,9 @@ import pytest
 from olmo_core.nn.transformer import TransformerConfig
 
 from spattn_olmoe import build_pattern
-from spattn_olmoe.model import PatternAttentionConfig, apply_remedies, plan_attention, with_attention
-from spattn_olmoe.model.section import layer_patterns
+from spattn_olmoe.model import PatternAttentionConfig, apply_remedies, attach, with_attention
+from spattn_olmoe.model.fingerprint import Fingerprint
+from spattn_olmoe.model.section import layer_patterns, unread_options
 
 from .tiny import HEADS, T, tiny
 
@@ -148,24 +149,40 @@ def test_named_blocks_are_refused(model):
 # ---- the section -----------------------------------------------------------------------------------------------------
 
 
-def test_options_of_other_types_are_told_apart():
+def mixer_of(model, section: dict) -> PatternAttentionConfig:
+    return attach(model, section, band_length=T).block.sequence_mixer
+
+
+def test_options_of_other_types_are_told_apart(model):
     section = {"type": "eball", "local_sharing": True, "follows_input": False, "layers": "all"}
-    plan = plan_attention(section, band_length=T)
-    assert plan.ignored == ("local_sharing",)
-    assert plan.options == {"follows_input": False, "head_order": "natural"}
-    assert plan.pattern(4) == build_pattern("eball", n_heads=4, band_length=T)
-    assert plan_attention({**section, "type": "spattention"}, band_length=T).ignored == ()
+    assert unread_options(section) == ("local_sharing",)
+    eball = build_pattern("eball", n_heads=HEADS, band_length=T)
+    mixer = mixer_of(model, section)
+    assert mixer.build_pattern() == eball
+    assert {**mixer.pattern, "n_heads": HEADS} == eball.to_config()
+    assert mixer.pattern == {"name": "eball", "band_length": T, "follows_input": False, "head_order": "natural"}
+    assert unread_options({**section, "type": "spattention"}) == ()
 
 
-def test_defaults_are_dense_attention_of_the_training_length():
-    plan = plan_attention({}, band_length=T)
-    assert (plan.type, plan.band_length, plan.impl, plan.layers) == ("standard", T, "auto", None)
+def test_defaults_are_dense_attention_of_the_training_length(model):
+    mixer = mixer_of(model, {})
+    assert (mixer.pattern["name"], mixer.pattern["band_length"], mixer.impl) == ("standard", T, "auto")
+    assert names(attach(model, {}, band_length=T)) == ["standard"] * 4
     nothing = dict.fromkeys(("band_length", "impl", "layers", "follows_input"))
-    assert plan_attention(nothing, band_length=T) == plan
+    assert attach(model, nothing, band_length=T) == attach(model, {}, band_length=T)
 
 
-def test_the_band_length_may_be_stated():
-    assert plan_attention({"type": "eball", "band_length": 512}, band_length=T).pattern(4).band_length == 512
+def test_the_band_length_may_be_stated(model):
+    assert mixer_of(model, {"type": "eball", "band_length": 512}).build_pattern().band_length == 512
+
+
+def test_a_saved_pattern_is_the_fingerprints(model):
+    """config.json and attention.json of a checkpoint hold the same keys and values."""
+    ours = with_attention(model, band_length=T, type="spattention", head_order="balanced", layers=[2])
+    layers = Fingerprint.of(ours).layers
+    for layer, block in enumerate([*[ours.block_overrides[0]] * 2, ours.block, ours.block_overrides[3]]):
+        assert {**block.sequence_mixer.pattern, "n_heads": HEADS} == layers[layer]
+    assert isinstance(layers[2]["head_order"], list)
 
 
 REFUSED_SECTIONS = {
@@ -181,8 +198,8 @@ REFUSED_SECTIONS = {
 
 
 @pytest.mark.parametrize(("section", "said"), REFUSED_SECTIONS.values(), ids=REFUSED_SECTIONS.keys())
-def test_a_wrong_section_is_refused_with_what_would_be_right(section, said):
-    refused(lambda: plan_attention(section, band_length=T), *said)
+def test_a_wrong_section_is_refused_with_what_would_be_right(model, section, said):
+    refused(lambda: attach(model, section, band_length=T), *said)
 
 
 @pytest.mark.parametrize("band_length", ["long", 1.5, True])

@@ -116,7 +116,7 @@ def test_every_checkpoint_and_the_run_carry_attention_and_tokenizer(run):
         assert json.loads((place / FILE_NAME).read_text()) == json.loads(expected.to_json())
         assert (place / "tokenizer.json").read_bytes() == (folder.parent / "data" / "tokenizer.json").read_bytes()
     saved = json.loads((folder / "step3" / "config.json").read_text())
-    assert saved["model"]["block"]["sequence_mixer"]["pattern"] == "spattention"
+    assert saved["model"]["block"]["sequence_mixer"]["pattern"]["name"] == "spattention"
 
 
 def test_mfu_as_if_dense_takes_the_dense_models_flops(run):

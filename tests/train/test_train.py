@@ -40,8 +40,8 @@ def test_a_run_logs_learns_and_checkpoints(unbroken: Path):
     for name in ("config.json", "attention.json", "tokenizer.json", ".metadata.json"):
         assert (unbroken / "step12" / name).is_file(), name
     mixer = json.loads((unbroken / "step12/config.json").read_text())["model"]["block"]["sequence_mixer"]
-    assert (mixer["pattern"], mixer["band_length"]) == ("spattention", 32)
-    assert mixer["pattern_options"]["local_sharing"] is True
+    assert (mixer["pattern"]["name"], mixer["pattern"]["band_length"]) == ("spattention", 32)
+    assert mixer["pattern"]["local_sharing"] is True
 
 
 @pytest.mark.parametrize("after_step", [5, 9])
