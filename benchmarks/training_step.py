@@ -77,8 +77,8 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _measure(job: Job, config: Any) -> dict[str, Any]:
+    from spattn_olmoe.machine import peak_flops
     from spattn_olmoe.model.flops import flops_per_token
-    from spattn_olmoe.train.progress import peak_flops
 
     device = torch.device(job.device)
     model_config = config.model_with_attention()

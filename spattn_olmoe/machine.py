@@ -1,4 +1,4 @@
-"""What a result is worth nothing without: the machine, the versions, the commit and the command."""
+"""Which machine: what a result names (machine, versions, commit, command), and what is known of GPUs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,44 @@ PACKAGES = (
 )
 
 
+@dataclass(frozen=True)
+class GPU:
+    """What data sheets state of one GPU of a node of eight.
+
+    :param name: as it is printed.
+    :param memory: bytes.
+    :param flops: dense bfloat16 operations a second.
+    :param hbm: bytes of memory a second.
+    :param nvlink: bytes a second to the other GPUs of its node, one direction.
+    :param network: bytes a second to other nodes, one direction: one network adapter a GPU.
+    :param source: where the figures stand.
+    """
+
+    name: str
+    memory: float
+    flops: float
+    hbm: float
+    nvlink: float
+    network: float
+    source: str
+
+
+GPUS = {
+    gpu.name.lower(): gpu
+    for gpu in (
+        GPU("H100", 80e9, 989e12, 3.35e12, 450e9, 50e9, "NVIDIA H100 SXM data sheet; DGX H100: 8 x 400 Gb/s"),
+        GPU("H200", 141e9, 989e12, 4.8e12, 450e9, 50e9, "NVIDIA H200 SXM data sheet; DGX H200: 8 x 400 Gb/s"),
+        GPU("A100", 80e9, 312e12, 2.04e12, 300e9, 25e9, "NVIDIA A100 80GB SXM data sheet; DGX A100: 8 x 200 Gb/s"),
+        GPU("B200", 180e9, 2250e12, 8.0e12, 900e9, 50e9, "NVIDIA DGX B200 data sheet, an eighth; 8 x 400 Gb/s"),
+    )
+}
+"""The GPUs that estimates are made for, by the name that command lines take."""
+
+_OTHER_PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "GH200": GPUS["h200"].flops}
+PEAK_FLOPS = {**_OTHER_PEAKS, **{gpu.name: gpu.flops for gpu in GPUS.values()}}
+"""Dense bf16 FLOP/s by a part of the device's name, first match counts. Source: NVIDIA's data sheets, without sparsity."""
+
+
 class Bound(NamedTuple):
     """What a GPU was measured to reach: bfloat16 operations and bytes of memory, a second."""
 
@@ -30,6 +69,26 @@ class Bound(NamedTuple):
 
 BOUNDS = {"NVIDIA H200": Bound(790e12, 4.3e12)}
 """Measured with large matrix products and copies, not taken from a data sheet. A GPU that is not here gets "n/a"."""
+
+ASSUMED_MFU = 0.25
+"""Model FLOPs utilisation that every estimate of GPU-hours assumes: nobody has measured it for these models."""
+
+
+def gpu_hours(flops: float, gpu: str = "h100") -> float:
+    """Hours of one GPU that so many model FLOPs take at :data:`ASSUMED_MFU`: arithmetic, never a measurement.
+
+    :param flops: of the whole run, exact for the mask (:func:`.model.flops.flops_per_token` times its tokens).
+    :param gpu: a key of :data:`GPUS`. H100 and H200 have the same peak.
+    """
+    return flops / (GPUS[gpu].flops * ASSUMED_MFU) / 3600
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of a device; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 COMMIT = "SPATTN_COMMIT"

@@ -1,57 +1,11 @@
-"""The machine that estimates are made for: data-sheet figures of GPUs, and every assumption about what is reached of them."""
+"""Every assumption of the estimates about what is reached of a GPU. What data sheets state is in :mod:`..machine`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..train.progress import PEAK_FLOPS
-
 GPUS_PER_NODE = 8
 """GPUs that NVLink connects, as in NVIDIA's HGX and DGX machines."""
-
-
-@dataclass(frozen=True)
-class GPU:
-    """One GPU of a node of eight.
-
-    :param name: what it is called here.
-    :param memory: bytes.
-    :param flops: dense bfloat16 operations a second.
-    :param hbm: bytes of memory a second.
-    :param nvlink: bytes a second to the other GPUs of its node, one direction.
-    :param network: bytes a second to other nodes, one direction: one network adapter a GPU.
-    :param source: where the figures stand.
-    """
-
-    name: str
-    memory: float
-    flops: float
-    hbm: float
-    nvlink: float
-    network: float
-    source: str
-
-
-GPUS = {
-    "h100": GPU(
-        "H100", 80e9, PEAK_FLOPS["H100"], 3.35e12, 450e9, 50e9, "NVIDIA H100 SXM data sheet; DGX H100: 8 x 400 Gb/s"
-    ),
-    "h200": GPU(
-        "H200", 141e9, PEAK_FLOPS["H200"], 4.8e12, 450e9, 50e9, "NVIDIA H200 SXM data sheet; DGX H200: 8 x 400 Gb/s"
-    ),
-    "a100": GPU(
-        "A100",
-        80e9,
-        PEAK_FLOPS["A100"],
-        2.04e12,
-        300e9,
-        25e9,
-        "NVIDIA A100 80GB SXM data sheet; DGX A100: 8 x 200 Gb/s",
-    ),
-    "b200": GPU(
-        "B200", 180e9, PEAK_FLOPS["B200"], 8.0e12, 900e9, 50e9, "NVIDIA DGX B200 data sheet, an eighth; 8 x 400 Gb/s"
-    ),
-}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import shlex
 from rich.console import Console
 from rich.table import Table
 
+from ..machine import ASSUMED_MFU, gpu_hours
 from ..train.config import ExperimentConfig
 from ..train.dry_run import short
 from ..train.layout import Layout
@@ -100,8 +101,13 @@ def _run_table(plan: Plan) -> Table:
     if plan.tokens is None:
         table.add_row("expected time", "not known: trainer.max_duration is in epochs")
     else:
-        table.add_row("expected time", f"{plan.tokens / rate / 86400:,.2f} days for {short(plan.tokens)} tokens")
-    table.caption = "Speed and time are arithmetic on the assumptions below; nothing was timed."
+        hours = gpu_hours(float(plan.tokens) * plan.flops.total, plan.gpu.name.lower())
+        table.add_row(
+            "expected time",
+            f"{hours:,.0f} GPU-hours for {short(plan.tokens)} tokens at an assumed MFU of {ASSUMED_MFU:.0%}: "
+            f"{hours / plan.ranks / 24:,.2f} days",
+        )
+    table.caption = "Speed, by which layouts are compared, and time are arithmetic on assumptions; nothing was timed."
     return table
 
 

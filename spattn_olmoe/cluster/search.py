@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.train.common import DurationUnit
 
+from ..machine import GPU, GPUS
 from ..model.flops import Flops, flops_per_token
 from ..train.config import ExperimentConfig
 from ..train.layout import RECOMPUTABLE, Layout, check_layout
-from .machines import GPU, GPUS, assumed
+from .machines import assumed
 from .memory import Memory, Shape, checkpoint_bytes, memory
 from .speed import Speed, Work, speed
 

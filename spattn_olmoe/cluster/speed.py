@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from ..machine import GPU
 from ..model.section import layer_patterns
 from ..patterns import Pattern, interval_table
 from ..train.config import ExperimentConfig
 from ..train.layout import Layout
-from .machines import GPU, GPUS_PER_NODE, assumed
+from .machines import GPUS_PER_NODE, assumed
 from .memory import EXPERTS, Shape, kept_per_token, local_parameters
 
 TILE = (128, 64)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..train.progress import PEAK_FLOPS
+from ..machine import ASSUMED_MFU, GPUS
 from . import appendix, masks, report
 from .measure import check_device, prepare_data, run_all, suite_command, train_command
 from .runs import CONFIGS, SCALES, TABLES, VARIANTS, Run, Scale, Table, cost, plan_runs
@@ -120,7 +120,7 @@ def _print_plan(runs: list[Run], scale: Scale, table: str) -> None:
     print(f"python scripts/prepare_data.py --config {data}{whole}")
     for run in runs:
         own = costs[run.name]
-        hours = f", {own.gpu_hours(scale.mfu):,.1f} GPU-hours" if scale.needs_gpu else ""
+        hours = f", {own.gpu_hours:,.1f} GPU-hours" if scale.needs_gpu else ""
         print(f"\n# {run.name}: {own.tokens:,} tokens, {own.flops:.3g} FLOPs{hours}")
         print(shlex.join(train_command(run, scale)))
         scores = suite_command(run, scale, table)
@@ -129,10 +129,10 @@ def _print_plan(runs: list[Run], scale: Scale, table: str) -> None:
     tokens, flops = sum(c.tokens for c in costs.values()), sum(c.flops for c in costs.values())
     print(f"\n# in all: {tokens:,} tokens, {flops:.3g} FLOPs", end="")
     if scale.needs_gpu:
-        total = sum(c.gpu_hours(scale.mfu) for c in costs.values())
+        total = sum(c.gpu_hours for c in costs.values())
         print(
-            f"; {total:,.1f} GPU-hours at {scale.mfu:.0%} (assumed, not measured) of an H200's "
-            f"{PEAK_FLOPS['H200'] / 1e12:.0f} dense bfloat16 TFLOP/s",
+            f"; {total:,.1f} GPU-hours at {ASSUMED_MFU:.0%} (assumed, not measured) of an H200's "
+            f"{GPUS['h200'].flops / 1e12:.0f} dense bfloat16 TFLOP/s",
             end="",
         )
     print(". Held-out losses are computed in between; evaluation is not in the figures.")

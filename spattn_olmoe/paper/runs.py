@@ -18,10 +18,10 @@ from olmo_core.train.common import DurationUnit
 
 from ..data.config import DataConfig
 from ..data.config import load_config as load_data_config
+from ..machine import gpu_hours
 from ..model.flops import flops_per_token
 from ..settings import read
 from ..train.config import ExperimentConfig, load_experiment
-from ..train.progress import PEAK_FLOPS
 from ..train.run import check
 
 ROOT = Path(__file__).parents[2]
@@ -109,7 +109,6 @@ class Scale:
     :param suite: the lm-eval suite of each table ("table": the table's own); None where scores would be chance.
     :param suite_limit: the first so many questions of each task.
     :param needs_gpu: whether it can be launched without one.
-    :param mfu: model FLOPs utilisation that GPU-hours are reckoned with: an assumption.
     :param says: what this scale can and cannot show.
     """
 
@@ -120,7 +119,6 @@ class Scale:
     suite: str | None
     suite_limit: int | None
     needs_gpu: bool
-    mfu: float
     says: str
 
 
@@ -133,7 +131,6 @@ SCALES = {
         suite="table",
         suite_limit=None,
         needs_gpu=True,
-        mfu=0.25,
         says="The paper's models and tasks. The paper prints neither its number of steps nor its seeds; the configs say which "
         "values are assumptions.",
     ),
@@ -145,7 +142,6 @@ SCALES = {
         suite="core",
         suite_limit=500,
         needs_gpu=True,
-        mfu=0.10,
         says="Can show: whether types differ in held-out loss on web text after 52 M tokens, at which distances, and how much "
         "seeds matter. Cannot show: the paper's task scores, which such a model answers at chance but for the easiest tasks, "
         "and what thousands of times more training does.",
@@ -158,7 +154,6 @@ SCALES = {
         suite=None,
         suite_limit=None,
         needs_gpu=False,
-        mfu=1.0,
         says="Can show: whether types differ in held-out loss in the first 0.6 M tokens of training a model of 2 M parameters "
         "on Python's documentation, at which distances, and how much seeds matter. Cannot show: the paper's task scores (such "
         "a model answers all of them at chance, so none is computed), what web text and long training do, nor speed on a GPU. "
@@ -278,9 +273,10 @@ class Cost:
     tokens: int
     flops: float
 
-    def gpu_hours(self, mfu: float, gpu: str = "H200") -> float:
-        """Hours on one GPU at a share of its dense bfloat16 peak."""
-        return self.flops / (PEAK_FLOPS[gpu] * mfu) / 3600
+    @property
+    def gpu_hours(self) -> float:
+        """Hours of an H100 or H200, by the one assumption of :mod:`..machine`."""
+        return gpu_hours(self.flops)
 
 
 def cost(run: Run) -> Cost:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-import torch
 from olmo_core.train.callbacks import ConsoleLoggerCallback, SpeedMonitorCallback
 from olmo_core.utils import format_timedelta
 
+from ..machine import peak_flops
 from ..model.flops import flops_per_token
 
 log = logging.getLogger(__name__)
@@ -16,25 +16,6 @@ log = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 
 MFU_IF_DENSE = "throughput/device/MFU as if dense (actual avg)"
-
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "GH200": 989e12,
-    "A100": 312e12,
-}
-"""Dense bf16 FLOP/s by a part of the device's name, first match counts. Source: NVIDIA's data sheets, without sparsity."""
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of a device; None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 @dataclass

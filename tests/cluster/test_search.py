@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from spattn_olmoe import build_pattern
 from spattn_olmoe.cluster import Layout, memory, plan
-from spattn_olmoe.cluster.machines import GPUS, assumed
+from spattn_olmoe.cluster.machines import assumed
 from spattn_olmoe.cluster.speed import TILE, tile_pairs
+from spattn_olmoe.machine import GPUS
 from spattn_olmoe.train import load_experiment
 from spattn_olmoe.train.layout import check_layout
 from spattn_olmoe.train.run import check

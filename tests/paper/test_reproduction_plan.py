@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from spattn_olmoe.evaluation.suites import SUITES
+from spattn_olmoe.machine import ASSUMED_MFU, GPUS
 from spattn_olmoe.paper.measure import suite_command, train_command
 from spattn_olmoe.paper.runs import ROOT, SCALES, TABLES, VARIANTS, config_key, cost, plan_runs
 from spattn_olmoe.paper.start import check_same_start, hash_weights
-from spattn_olmoe.train.progress import PEAK_FLOPS
 from tests.model.tiny import tiny
 
 
@@ -75,9 +75,9 @@ def test_costs_are_tokens_times_flops():
     active = layers * (4 * d * d + 2 * d + 32 * d + 4 * 3 * d * 512 + 2 * d) + d * 50304 + d
     pairs = 12 * layers * d * (T + 1) / 2
     assert found.flops / found.tokens == pytest.approx(6 * active + pairs, rel=2e-3)
-    hours = 3 * sum(cost(r).gpu_hours(SCALES["gpu"].mfu) for r in plan("table3", "gpu"))
-    assert 0.8 < hours < 1.2  # "about an hour"
-    assert found.gpu_hours(0.5) == pytest.approx(found.flops / (PEAK_FLOPS["H200"] / 2) / 3600)
+    hours = 3 * sum(cost(r).gpu_hours for r in plan("table3", "gpu"))
+    assert 0.3 < hours < 0.5  # "about 25 minutes"
+    assert found.gpu_hours == pytest.approx(found.flops / (GPUS["h200"].flops * ASSUMED_MFU) / 3600)
 
 
 def test_all_types_start_from_the_same_weights():

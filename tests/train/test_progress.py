@@ -10,11 +10,12 @@ import pytest
 import torch
 from olmo_core.train.callbacks import CheckpointerCallback
 
+from spattn_olmoe.machine import peak_flops
 from spattn_olmoe.model import apply_remedies
 from spattn_olmoe.model.fingerprint import FILE_NAME, Fingerprint
 from spattn_olmoe.train.checkpoints import CheckpointFiles, SafeCheckpointer
 from spattn_olmoe.train.metrics import METRICS_FILE, MetricsFile, read_metrics
-from spattn_olmoe.train.progress import MFU_IF_DENSE, Progress, Throughput, peak_flops, progress_line
+from spattn_olmoe.train.progress import MFU_IF_DENSE, Progress, Throughput, progress_line
 from spattn_olmoe.train.run import build_trainer
 from tests.model.tiny import one_rank_overrides, tiny
 from tests.train.test_metrics import lines
