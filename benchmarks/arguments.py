@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from spattn_olmoe import machine
+from spattn_olmoe.patterns import find_variant
 
 
 def add_measuring(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +16,26 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--note", help="stored with the results, e.g. that the machine was shared")
     parser.add_argument("--report", action="store_true", help="measure nothing: make the table and the plot again")
+
+
+def add_patterns(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
+    """The named masks that a benchmark measures, by their names in its results."""
+    parser.add_argument(
+        "--patterns",
+        nargs="+",
+        type=named_mask,
+        default=list(default),
+        metavar="NAME",
+        help=f"default: {' '.join(default)}",
+    )
+
+
+def named_mask(name: str) -> str:
+    """The name of a mask, for argparse, which reports one that is unknown."""
+    try:
+        return find_variant(name).name
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_kills(parser: argparse.ArgumentParser, kills: int, results: str) -> None:

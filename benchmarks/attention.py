@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py attention                        # on a GPU all settings, on a CPU the CPU path
     python scripts/benchmark.py attention --quick                # the three settings that the goals are stated for
-    python scripts/benchmark.py attention --settings 1x8x4096 --head-dims 128 --patterns spattention
+    python scripts/benchmark.py attention --settings 1x8x4096 --head-dims 128 --patterns exclusive
     python scripts/benchmark.py attention --missing              # only the settings that are not stored yet
     python scripts/benchmark.py attention --report               # only the table and the plot, from the stored results
 
@@ -15,6 +15,7 @@ import argparse
 import gc
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,8 @@ import torch
 
 from benchmarks import arguments, contenders, report, timing
 from benchmarks.contenders import Attend
-from spattn_olmoe import attention, build_pattern, machine
-from spattn_olmoe.patterns import Pattern
+from spattn_olmoe import attention, machine
+from spattn_olmoe.patterns import Pattern, find_variant
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,8 @@ class Setting(NamedTuple):
 GPU_SHAPES = ["1x8x4096", "8x16x4096", "32x8x1024", "32x16x1024", "1x16x16384", "1x16x65536", "1x16x131072"]
 QUICK_SHAPES = ["1x8x4096", "8x16x4096", "1x16x65536"]
 CPU_SHAPES = ["1x8x2048"]
-PATTERNS = ["spattention", "spattention+sharing", "sliding_window", "gbhalf"]
-"""What is timed. ``eball`` is the same mask as ``spattention``, and takes the same time."""
+PATTERNS = ("exclusive", "sharing", "sliding_window", "gbhalf")
+"""What is timed beside dense attention. ``eball`` is the same mask as ``exclusive``, and takes the same time."""
 MODES = ("fwd", "bwd", "fwd+bwd")
 FLOPS_PER_PAIR = {"fwd": 4, "bwd": 10, "fwd+bwd": 14}
 """Floating-point operations per attended pair and unit of head_dim: two products forward, five backward."""
@@ -54,9 +55,7 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--settings", nargs="+", metavar="BxHxN", help=f"default: {' '.join(GPU_SHAPES)}")
     parser.add_argument("--head-dims", nargs="+", type=int, metavar="D", help="default: 128 64, on a CPU 64")
-    parser.add_argument(
-        "--patterns", nargs="+", default=PATTERNS, metavar="NAME", help=f"default: {' '.join(PATTERNS)}"
-    )
+    arguments.add_patterns(parser, PATTERNS)
     parser.add_argument("--quick", action="store_true", help="the goals' settings: D=128, exclusive and sharing")
     parser.add_argument("--seconds", type=float, default=1.5, help="time for one mode of one setting, all contenders")
     arguments.add_measuring(parser)
@@ -117,11 +116,10 @@ class Store:
         machine.write_json(self.path, {"runs": runs, "rows": rows})
 
 
-def measure(setting: Setting, patterns: list[str], device: str, seconds: float) -> list[dict[str, Any]]:
+def measure(setting: Setting, patterns: Sequence[str], device: str, seconds: float) -> list[dict[str, Any]]:
     """Rows of one setting: every contender, pattern and mode, timed in turns."""
     B, H, N, D = setting
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    standard = build_pattern("standard", n_heads=H, band_length=N)
     entrants: list[tuple[str, str, Pattern, Attend]] = []
     rows: list[dict[str, Any]] = []
 
@@ -136,9 +134,9 @@ def measure(setting: Setting, patterns: list[str], device: str, seconds: float) 
         for name, reason in missing.items():
             rows.append({"setting": str(setting), "pattern": label, "contender": name, "error": reason})
 
-    enter("dense", standard, *contenders.dense(device, N, H))
+    enter("dense", find_variant("dense").build(H, N), *contenders.dense(device, N, H))
     for label in patterns:
-        pattern = _build(label, H, N)
+        pattern = find_variant(label).build(H, N)
         enter(label, pattern, *contenders.banded(device, pattern, N))
 
     xs = [torch.randn(B, N, H, D, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
@@ -159,11 +157,6 @@ def measure(setting: Setting, patterns: list[str], device: str, seconds: float) 
     return rows
 
 
-def _build(label: str, H: int, N: int) -> Pattern:
-    name, _, sharing = label.partition("+")
-    return build_pattern(name, n_heads=H, band_length=N, **({"local_sharing": True} if sharing else {}))
-
-
 GATE_LENGTH = 512
 
 
@@ -171,7 +164,7 @@ def _at_gate(label: str, pattern: Pattern, device: str) -> tuple[dict[str, Atten
     """The same contenders at the length of the gate."""
     if label == "dense":
         return contenders.dense(device, GATE_LENGTH, pattern.n_heads)
-    return contenders.banded(device, _build(label, pattern.n_heads, GATE_LENGTH), GATE_LENGTH)
+    return contenders.banded(device, find_variant(label).build(pattern.n_heads, GATE_LENGTH), GATE_LENGTH)
 
 
 def gate(attend: Attend | None, label: str, H: int, D: int, dtype: torch.dtype, device: str) -> str | None:
@@ -181,7 +174,7 @@ def gate(attend: Attend | None, label: str, H: int, D: int, dtype: torch.dtype, 
     generator = torch.Generator(device).manual_seed(0)
     shape = 1, GATE_LENGTH, H, D
     xs = [torch.randn(shape, dtype=dtype, device=device, generator=generator) for _ in range(4)]
-    pattern = _build("standard" if label == "dense" else label, H, GATE_LENGTH)
+    pattern = find_variant(label).build(H, GATE_LENGTH)
     exact = [x.double().requires_grad_() for x in xs[:3]]
     q, k, v = exact
     expected_out = attention(q, k, v, pattern, impl="reference")

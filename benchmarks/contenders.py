@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from spattn_olmoe import attention, build_pattern
-from spattn_olmoe.patterns import Pattern, interval_table
+from spattn_olmoe import attention
+from spattn_olmoe.patterns import Pattern, find_variant, interval_table
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -25,12 +25,12 @@ def dense(device: str, T: int, H: int) -> tuple[dict[str, Attend], dict[str, str
     """Dense causal attention by name, and why a name is missing."""
     if device == "cpu":
         return {"sdpa is_causal": _sdpa()}, {}
-    standard = build_pattern("standard", n_heads=H, band_length=T)
+    causal = find_variant("dense").build(H, T)
     found: dict[str, Attend] = {
         "sdpa flash": _sdpa(SDPBackend.FLASH_ATTENTION),
         "sdpa cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),
-        "flex dense": lambda q, k, v: attention(q, k, v, standard, impl="flex"),
-        "ours dense": lambda q, k, v: attention(q, k, v, standard, impl="triton"),
+        "flex dense": lambda q, k, v: attention(q, k, v, causal, impl="flex"),
+        "ours dense": lambda q, k, v: attention(q, k, v, causal, impl="triton"),
     }
     missing = {}
     for name, module in (("FA3", "flash_attn_interface"), ("FA4", "flash_attn.cute")):

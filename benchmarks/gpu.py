@@ -78,10 +78,7 @@ PARTS = {
     "tune": Part(
         "tile sizes",
         1800,
-        tuple(
-            _benchmark("tune", "--setting", "8x16x4096", "--pattern", name)
-            for name in ("spattention", "spattention+sharing")
-        ),
+        tuple(_benchmark("tune", "--setting", "8x16x4096", "--pattern", name) for name in ("exclusive", "sharing")),
     ),
 }
 """In the order of what one wants to know first."""

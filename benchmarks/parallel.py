@@ -20,18 +20,18 @@ from typing import Any
 from olmo_core.exceptions import OLMoConfigurationError
 
 from spattn_olmoe import machine
-from spattn_olmoe.patterns import build_pattern
+from spattn_olmoe.patterns import VARIANTS
 from spattn_olmoe.patterns.head_order import imbalance
 from spattn_olmoe.tables import table
 from spattn_olmoe.train.layout import check_layout
 from tests.model import layouts
-from tests.model.layouts import ATTENTION, KEYS, LAYOUTS, MICROBATCH, REFUSED, difference
+from tests.model.layouts import KEYS, LAYOUTS, MICROBATCH, REFUSED, difference
 from tests.model.tiny import tiny
 
 RESULT = Path(__file__).parent / "results" / "cpu" / "parallel.json"
 PAGE = Path(__file__).parents[1] / "docs" / "parallelism.md"
-KINDS = ("sharing", "standard")
-LOCAL_BATCH = ("model.block.feed_forward_moe.lb_loss_granularity=local_batch", *ATTENTION["sharing"])
+KINDS = ("sharing", "dense")
+LOCAL_BATCH = ("model.block.feed_forward_moe.lb_loss_granularity=local_batch", *VARIANTS["sharing"].overrides)
 LOCAL = {  # by number of ranks; the first is what the others are compared with
     1: {"fsdp": (), "fsdp, microbatches twice as long": (MICROBATCH,)},
     2: {name: LAYOUTS[2][name] for name in ("fsdp", "hsdp+ep", "fsdp+tp", "fsdp+ulysses")},
@@ -62,7 +62,7 @@ def measure() -> dict[str, Any]:
         curves: dict[int, dict[str, layouts.Curve]] = {}
         for n_ranks, names in LAYOUTS.items():
             runs: dict[str, dict[str, Any]] = {
-                f"{kind} {name}": {"overrides": [*ATTENTION[kind], *overrides]}
+                f"{kind} {name}": {"overrides": [*VARIANTS[kind].overrides, *overrides]}
                 for kind in KINDS
                 for name, overrides in names.items()
             }
@@ -154,9 +154,9 @@ def head_order_table() -> str:
     degrees = (2, 4, 8)
     body = []
     for H, N in ((8, 1024), (16, 4096)):
-        for label, sharing in (("exclusive", False), ("sharing", True)):
+        for label in ("exclusive", "sharing"):
             orders = [
-                build_pattern("spattention", H, N, local_sharing=sharing, head_order=order).attended_pairs_per_head()
+                VARIANTS[label].build(H, N, head_order=order).attended_pairs_per_head()
                 for order in ("natural", "balanced")
             ]
             cells = [", ".join(f"{imbalance(pairs, d):.3f}" for pairs in orders) for d in degrees]

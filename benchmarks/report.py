@@ -140,7 +140,7 @@ def attention_plot(rows: list[Row], path: Path) -> None:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 _TRAINING_WORDS = """
-A step is forward, backward, clipping and AdamW, of one device. `step ratio`: the standard step's time by this one's.
+A step is forward, backward, clipping and AdamW, of one device. `step ratio`: the dense step's time by this one's.
 `attention ratio`: the same of attention alone, forward and backward. `of step`: attention's share of the step's time, its
 time alone by the number of its calls. MFU counts the pairs that are attended; `as if dense` counts all causal pairs.
 `waits`: times that the host waits for the device in a profiled step. `loop`: whether experts are multiplied one by one.
@@ -173,7 +173,7 @@ def training_lines(rows: list[Row]) -> list[str]:
     head += ["layers", "waits", "loop"]
     body = []
     timed = {row["attention"]: row for row in rows if "ms" in row}
-    base = timed.get("standard")
+    base = timed.get("dense")
     for row in timed.values():
         profile = row.get("profile", {})
         cells = [
@@ -195,7 +195,7 @@ def training_lines(rows: list[Row]) -> list[str]:
 
 
 def training_plot(rows: list[Row], path: Path) -> None:
-    """Tokens per second by length: one panel a model, one line an attention type, dashed where compiled."""
+    """Tokens per second by length: one panel a model, one line a mask, dashed where compiled."""
     timed = [row for row in rows if "ms" in row]
     models = _unique(row["model"] for row in timed)
     with _panels(path, len(models), 3.2) as axes:

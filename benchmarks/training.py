@@ -1,4 +1,4 @@
-"""Training steps: standard attention at its fastest against spattention, exclusive bands and with local sharing.
+"""Training steps: dense attention at its fastest against SPAttention, exclusive bands and with local sharing.
 
     python scripts/benchmark.py training                     # on a GPU 1b7b and 0p25b1p75b, on a CPU the quickstart's model
     python scripts/benchmark.py training --quick             # 0p25b1p75b at N=1024 (the model of Table 2), 1b7b at 4096
@@ -6,7 +6,7 @@
     python scripts/benchmark.py training --report            # only the table and the plot, from the stored results
 
 Every setup runs in a process of its own. One that does not fit into the GPU's memory is tried again with half the layers,
-for all attention types of the setting, and the result says so. Results are stored after every setting.
+for all masks of the setting, and the result says so. Results are stored after every setting.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from benchmarks import arguments, report
 from benchmarks.attention import Store
 from benchmarks.training_step import ROOT, Job
 from spattn_olmoe import machine
+from spattn_olmoe.patterns import find_variant
 
 log = logging.getLogger(__name__)
 
 
 class Setting(NamedTuple):
-    """A model at a length, compiled or not; measured under every attention type, with as many layers."""
+    """A model at a length, compiled or not; measured under every mask, with as many layers."""
 
     model: str
     N: int
@@ -49,11 +50,8 @@ CONFIGS = {
     "table2": "table2_standard.yaml",
     "quickstart": "quickstart.yaml",
 }
-ATTENTION = {
-    "standard": ("attention.type=standard",),
-    "spattention": ("attention.type=spattention", "attention.local_sharing=false"),
-    "spattention+sharing": ("attention.type=spattention", "attention.local_sharing=true"),
-}
+MASKS = ("dense", "exclusive", "sharing")
+"""What is compared unless asked otherwise."""
 GPU_LENGTHS, CPU_LENGTHS = (1024, 4096, 16384, 65536), (512, 1024)
 TOKENS = {"cuda": 16384, "cpu": 2048}
 """Tokens of a microbatch, or one sequence where that is longer."""
@@ -67,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", nargs="+", type=int, metavar="N", help="default: 1024 4096 16384 65536")
     parser.add_argument("--compile", choices=("on", "off", "both"), help="default: both, on a CPU off")
     parser.add_argument("--quick", action="store_true", help="the paper's two settings, not compiled and compiled")
+    arguments.add_patterns(parser, MASKS)
     parser.add_argument("--steps", type=int, help="timed steps, default 8, on a CPU 5")
     parser.add_argument("--limit", type=float, default=300, metavar="S", help="seconds for one setup; default 300")
     arguments.add_measuring(parser)
@@ -84,7 +83,9 @@ def run(args: argparse.Namespace) -> int:
         if args.missing and path.exists():
             stored = {row["setting"] for row in json.loads(path.read_text())["rows"] if "error" not in row}
             settings = [setting for setting in settings if str(setting) not in stored]
-        done = measure(settings, path.parent, device, steps=args.steps, limit=args.limit, note=args.note)
+        done = measure(
+            settings, path.parent, device, steps=args.steps, limit=args.limit, note=args.note, masks=args.patterns
+        )
     for file in report.write(path, report.training_markdown, report.training_plot):
         print(f"wrote {file}")
     return 0 if done else 1
@@ -111,28 +112,32 @@ def measure(
     steps: int | None = None,
     limit: float = 300,
     note: str | None = None,
+    masks: Sequence[str] = MASKS,
 ) -> bool:
     """Measure settings and store them in ``folder/training.json``, which keeps what it holds of other settings.
 
     :param limit: seconds that one setup may take.
-    :returns: whether every setting has a time for every attention type.
+    :param masks: by name; ratios are taken to ``dense``.
+    :returns: whether every setting has a time for every mask.
     """
     store = Store(folder / "training.json", machine.describe(device, note))
     complete = True
     for setting in settings:
-        rows = _measure_setting(setting, device, steps or STEPS[device], limit)
+        rows = _measure_setting(setting, device, steps or STEPS[device], limit, masks)
         store.add(setting, rows)
         complete &= all("error" not in row for row in rows)
         report.print_setting(setting, report.training_lines(rows))
     return complete
 
 
-def _measure_setting(setting: Setting, device: str, steps: int, limit: float) -> list[dict[str, Any]]:
-    """Rows of one setting: every attention type, with the most layers of 1, 1/2, 1/4 ... of the model's that fit."""
+def _measure_setting(
+    setting: Setting, device: str, steps: int, limit: float, masks: Sequence[str] = MASKS
+) -> list[dict[str, Any]]:
+    """Rows of one setting: every mask, with the most layers of 1, 1/2, 1/4 ... of the model's that fit."""
     of_layers, layers = _layers_to_begin_with(setting, device)
     while True:
         rows = []
-        for attention in ATTENTION:
+        for attention in masks:
             result = _run(_job(setting, attention, layers, device, steps), limit)
             rows.append({"setting": str(setting), **setting._asdict(), "attention": attention} | result)
             if "out_of_memory" in result:
@@ -160,7 +165,11 @@ def _layers_to_begin_with(setting: Setting, device: str) -> tuple[int, int]:
 
 def _job(setting: Setting, attention: str, layers: int, device: str, steps: int) -> Job:
     compiled = str(setting.compiled).lower()
-    overrides = (*ATTENTION[attention], f"model.n_layers={layers}", f"train_module.compile_model={compiled}")
+    overrides = (
+        *find_variant(attention).overrides,
+        f"model.n_layers={layers}",
+        f"train_module.compile_model={compiled}",
+    )
     sequences = max(1, TOKENS[device] // setting.N)
     return Job(CONFIGS[setting.model], setting.N, overrides, sequences, MICROBATCHES[device], steps, device)
 

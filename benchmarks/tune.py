@@ -1,6 +1,6 @@
 """Time tile configurations of the fused kernels on this GPU, one kernel at a time, the others as shipped.
 
-    python scripts/benchmark.py tune --setting 8x16x4096 --head-dim 128 --pattern spattention
+    python scripts/benchmark.py tune --setting 8x16x4096 --head-dim 128 --pattern exclusive
 
 Prints one line a configuration, fastest first. What is fastest goes by hand into ``SHIPPED`` in
 ``spattn_olmoe/kernels/triton/tile_sizes.py``, if it does not spill there (``python -m spattn_olmoe.kernels.triton.aot``).
@@ -14,8 +14,9 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks import timing
-from spattn_olmoe import attention, build_pattern
+from benchmarks import arguments, timing
+from spattn_olmoe import attention
+from spattn_olmoe.patterns import find_variant
 
 MODES = {"forward": "fwd", "dq": "bwd", "dkdv": "bwd"}
 _QUERIES = [
@@ -35,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--setting", default="8x16x4096", metavar="BxHxN")
     parser.add_argument("--kv-heads", type=int, help="default: as many as query heads")
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--pattern", default="spattention", metavar="NAME", help="a name, or spattention+sharing")
+    parser.add_argument(
+        "--pattern", type=arguments.named_mask, default="exclusive", metavar="NAME", help="a named mask"
+    )
     parser.add_argument("--kernel", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--seconds", type=float, default=10.0, help="time for one kernel, all configurations")
 
@@ -46,8 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from spattn_olmoe.kernels.triton.tile_sizes import SHIPPED, Config, config, generation_of, padded
 
     B, H, N = map(int, args.setting.split("x"))
-    name, _, sharing = args.pattern.partition("+")
-    pattern = build_pattern(name, n_heads=H, band_length=N, **({"local_sharing": True} if sharing else {}))
+    pattern = find_variant(args.pattern).build(H, N)
     G = args.kv_heads or H
     q, k, v = (
         torch.randn(B, N, heads, args.head_dim, dtype=torch.bfloat16, device="cuda", requires_grad=True)

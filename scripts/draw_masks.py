@@ -1,6 +1,6 @@
 """Draw what every head of an attention type attends, as a PNG.
 
-python scripts/draw_masks.py --type spattention --heads 8 --band-length 1024 local_sharing=true --out masks.png
+python scripts/draw_masks.py --type sharing --heads 8 --band-length 1024 --out masks.png
 python scripts/draw_masks.py --type eball --heads 8 --band-length 1024 --length 400 --out short_input.png
 python scripts/draw_masks.py --figure 1 --out figure1.png     # the paper's Figure 1; 2: its Figure 2
 python scripts/draw_masks.py --overview --out masks_overview.png
@@ -12,17 +12,17 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from spattn_olmoe import build_pattern
 from spattn_olmoe.errors import Parser, user_errors
 from spattn_olmoe.paper import masks
+from spattn_olmoe.patterns import build_mask
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--type", help="attention type, as in attention.type")
+    what.add_argument("--type", help="a named mask, or an attention type as in attention.type")
     what.add_argument("--figure", type=int, choices=(1, 2), help="a figure of the paper")
-    what.add_argument("--overview", action="store_true", help="all types, a few heads each")
+    what.add_argument("--overview", action="store_true", help="all named masks, a few heads each")
     parser.add_argument("--heads", type=int, help="query heads H (default 8)")
     parser.add_argument("--band-length", type=int, help="band length N (default 1024)")
     parser.add_argument("--length", type=int, help="input length T (default: the band length)")
@@ -62,7 +62,7 @@ def picture(args: argparse.Namespace) -> Figure:
         return masks.figure_1() if args.figure == 1 else masks.figure_2()
     heads = 8 if args.heads is None else args.heads
     band_length = 1024 if args.band_length is None else args.band_length
-    return masks.draw(build_pattern(args.type, n_heads=heads, band_length=band_length, **args.options), args.length)
+    return masks.draw(build_mask(args.type, n_heads=heads, band_length=band_length, **args.options), args.length)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from spattn_olmoe import attention, build_pattern
-from spattn_olmoe.patterns import registry
+from spattn_olmoe.patterns import VARIANTS, registry
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -57,15 +57,15 @@ def percents(row: str) -> list[str]:
 def test_figures_of_the_masks_page():
     text = (DOCS / "masks.md").read_text()
     shapes = ((8, 1024), (16, 4096))
-    for start, sharing in (("| exclusive bands (Eq. 4) |", False), ("| with `local_sharing: true` |", True)):
-        (row,) = [line for line in text.splitlines() if line.startswith(start)]
-        patterns = [build_pattern("spattention", H, N, local_sharing=sharing) for H, N in shapes]
-        dense = [build_pattern("standard", H, N).attended_pairs() for H, N in shapes]
+    for name in ("exclusive", "sharing"):
+        (row,) = [line for line in text.splitlines() if re.match(rf"\| `{name}` \| [\d.]+ %", line)]
+        patterns = [VARIANTS[name].build(H, N) for H, N in shapes]
+        dense = [VARIANTS["dense"].build(H, N).attended_pairs() for H, N in shapes]
         assert percents(row) == [f"{100 * p.attended_pairs() / n:.1f} %" for p, n in zip(patterns, dense, strict=True)]
     for H, N in shapes:
         (row,) = [line for line in text.splitlines() if line.startswith(f"| `eball` | {H} | {N} |")]
-        for name in ("eball", "spattention", "gbhalf"):
-            p = build_pattern(name, H, N)
+        for name in ("eball", "exclusive", "gbhalf"):
+            p = VARIANTS[name].build(H, N)
             assert percents(row) == [f"{100 * p.dead_rows(T) / (H * T):.1f} %" for T in (100, 256, 512, N)]
 
 

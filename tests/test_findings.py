@@ -30,7 +30,7 @@ def runs() -> list[dict]:
 def test_the_report_of_table_3_is_that_of_its_runs(runs):
     assert len(runs) == 18
     check_same_start(runs)
-    order = ["gbhalf", "eball", "sliding_window", "spattention", "standard", "exclusive"]
+    order = ["gbhalf", "eball", "sliding_window", "sharing", "dense", "exclusive"]
     comparisons = Comparison.of(sorted(runs, key=lambda r: (r["seed"], order.index(r["variant"]))))
     text = report.markdown("table3", comparisons, SCALES["cpu"].says, {})
     assert text == (RESULTS / "table3.md").read_text()

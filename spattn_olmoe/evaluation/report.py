@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..patterns import mask_name
 from ..tables import table
 from .compare import NO_DIFFERENCE, Difference, average, columns_of
 from .suites import SUITES, implied_stderr
@@ -16,13 +17,11 @@ Cell = tuple[float, float | None]
 
 
 def attention_name(results: dict[str, Any]) -> str:
-    """The attention of a result in a few words: its types, and the options that are not a type's defaults."""
+    """The attention of a result in a few words: its masks by name, and the options that are not a mask's own."""
     names = []
     for layer in results["attention"]:
         options = {k: v for k, v in layer.items() if k not in ("name", "n_heads", "band_length", "follows_input")}
-        if options.get("head_order") == "natural":
-            del options["head_order"]
-        names.append(layer["name"] + "".join(f" {k}={v}" for k, v in sorted(options.items())))
+        names.append(mask_name(layer["name"], options))
     kinds = list(dict.fromkeys(names))
     text = kinds[0] if len(kinds) == 1 else ", ".join(f"{names.count(kind)} layers {kind}" for kind in kinds)
     return f"{text}, follows_input=true" if results["follows_input"] else text

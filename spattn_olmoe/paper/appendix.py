@@ -19,18 +19,18 @@ from ..evaluation.loss import HeldOut
 from ..files import replace_file
 from ..model.checkpoint import Checkpoint
 from ..model.remedies import apply_remedies
-from ..patterns import Pattern, build_pattern
+from ..patterns import VARIANTS
 from ..tables import table
 from ..train.config import load_experiment
 from .conditions import conditions
 from .heads import DIVERSITIES, LayerHeads, measure_heads, plot_heads, summary
-from .runs import VARIANTS, Run
+from .runs import Run
 
-PAPER_ENTROPY = {"standard": 4.5461, "spattention": 3.6276}
-PAPER_SIGMA = {"standard": (0.0, 0.0005), "spattention": (0.1845, 0.1847)}
+PAPER_ENTROPY = {"dense": 4.5461, "sharing": 3.6276}
+PAPER_SIGMA = {"dense": (0.0, 0.0005), "sharing": (0.1845, 0.1847)}
 """What the paper prints; sigma as ranges."""
 
-NAMES = ("standard", "spattention", "exclusive")
+NAMES = ("dense", "sharing", "exclusive")
 HEADS = 8
 LENGTHS = (128, 252, 256, 512, 1024)
 _SEQUENCES = 32
@@ -45,16 +45,9 @@ UNTRAINED = {
 """Models before their first step: what differs from the runs' config."""
 
 
-def pattern_of(variant: str, N: int) -> Pattern:
-    """A variant's pattern at eight heads."""
-    options = dict(item.removeprefix("attention.").split("=") for item in VARIANTS[variant])
-    name = options.pop("type")
-    return build_pattern(name, HEADS, N, **{key: value == "true" for key, value in options.items()})
-
-
 def uniform(variant: str, N: int) -> dict[str, Any]:
     """Statistics of heads that attend all their keys alike: what queries of zero do."""
-    heads = LayerHeads(pattern_of(variant, N))
+    heads = LayerHeads(VARIANTS[variant].build(HEADS, N))
     zero = torch.zeros(1, N, HEADS, _HEAD_DIM)
     heads.add(zero, zero)
     return summary([heads])
@@ -117,15 +110,15 @@ def write(results: dict[str, Any], out: Path) -> list[Path]:
 def markdown(results: dict[str, Any]) -> str:
     """The report."""
     columns = ["", "mean entropy", *DIVERSITIES]
-    low, high = PAPER_SIGMA["spattention"]
+    low, high = PAPER_SIGMA["sharing"]
     paper = [
-        ["paper: standard", f"{PAPER_ENTROPY['standard']:.4f}", "sigma = 0.0000 to 0.0005", *[""] * 4],
-        ["paper: SPAttention", f"{PAPER_ENTROPY['spattention']:.4f}", f"sigma = {low} to {high}", *[""] * 4],
+        ["paper: standard", f"{PAPER_ENTROPY['dense']:.4f}", "sigma = 0.0000 to 0.0005", *[""] * 4],
+        ["paper: SPAttention", f"{PAPER_ENTROPY['sharing']:.4f}", f"sigma = {low} to {high}", *[""] * 4],
     ]
     lines = [
         "# Appendix A: how heads differ",
         "",
-        f"4 layers, {HEADS} heads. `spattention` is the released code's mask (local sharing), `exclusive` the one of Eq. 4.",
+        f"4 layers, {HEADS} heads. `sharing` is the released code's mask (local sharing), `exclusive` the one of Eq. 4.",
         "Entropy is in nats, over queries that have a key. The paper does not define sigma; columns are its natural definitions:",
         "",
         *(f"- `{name}`: {text}" for name, text in DIVERSITIES.items()),
@@ -175,11 +168,11 @@ def lower_by(standard: float, other: float) -> float:
 
 def matches(results: dict[str, Any]) -> list[tuple[str, str]]:
     """The lengths and definitions by which uniform attention gives the paper's sigma, to the digits of its range."""
-    low, high = PAPER_SIGMA["spattention"]
+    low, high = PAPER_SIGMA["sharing"]
     found = []
     for N, variants in results["uniform"].items():
         for name in DIVERSITIES:
-            standard, ours = (variants[v]["diversity"][name] for v in ("standard", "spattention"))
+            standard, ours = (variants[v]["diversity"][name] for v in ("dense", "sharing"))
             if low - 5e-5 <= ours < high + 5e-5 and standard < 5.5e-4:
                 found.append((N, name))
     return found
@@ -191,12 +184,12 @@ def _uniform_note(results: dict[str, Any]) -> str:
         return "None of these gives the paper's sigma."
     N, name = found[0]
     entropies = {v: results["uniform"][N][v]["entropy"] for v in NAMES}
-    off = {v: entropies[v] - PAPER_ENTROPY[v] for v in ("standard", "spattention")}
+    off = {v: entropies[v] - PAPER_ENTROPY[v] for v in ("dense", "sharing")}
     return (
         f"The paper's sigma comes out as `{name}` at N = {N} with local sharing, and by no other of these definitions and "
         f"lengths{'' if len(found) == 1 else ' but ' + ', '.join(f'`{b}` at N = {a}' for a, b in found[1:])}. There the "
-        f"entropies lie {off['standard']:.4f} and {off['spattention']:.4f} above the paper's, and SPAttention's is "
-        f"{lower_by(entropies['standard'], entropies['spattention']):.2f} % below the standard one (paper: 20.20 %). Figures "
+        f"entropies lie {off['dense']:.4f} and {off['sharing']:.4f} above the paper's, and SPAttention's is "
+        f"{lower_by(entropies['dense'], entropies['sharing']):.2f} % below the standard one (paper: 20.20 %). Figures "
         "like the paper's therefore arise without training, from attention that is nearly uniform over these masks; what then "
         "differs between the two types is the size of their masks."
     )
@@ -206,11 +199,11 @@ def _models_note(results: dict[str, Any]) -> str:
     words = []
     for state, variants in results["models"].items():
         means = {name: float(np.mean([one["entropy"] for one in found])) for name, found in variants.items()}
-        if {"standard", "spattention"} <= means.keys():
-            lower = lower_by(means["standard"], means["spattention"])
+        if {"dense", "sharing"} <= means.keys():
+            lower = lower_by(means["dense"], means["sharing"])
             spread = [
                 float(np.mean([one["diversity"]["entropy_std"] for one in variants[name]]))
-                for name in ("standard", "spattention")
+                for name in ("dense", "sharing")
             ]
             words.append(
                 f"{state}: entropy {lower:.2f} % lower with SPAttention, entropy_std {spread[0]:.4f} against {spread[1]:.4f}"

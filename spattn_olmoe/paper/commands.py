@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from ..machine import ASSUMED_MFU, GPUS
+from ..patterns import find_variant
 from . import appendix, masks, report
 from .measure import check_device, prepare_data, run_all, suite_command, train_command
-from .runs import CONFIGS, SCALES, TABLES, VARIANTS, Run, Scale, Table, cost, plan_runs
+from .runs import CONFIGS, SCALES, TABLES, Run, Scale, Table, cost, plan_runs
 
 Describe = Callable[[str], dict[str, Any]]
 """What a machine is, by kind of device: :func:`spattn_olmoe.machine.describe`."""
@@ -95,11 +96,10 @@ def _say(line: str) -> None:
 def _variants(text: str | None) -> list[str] | None:
     if text is None:
         return None
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in VARIANTS:
-            raise ValueError(f"--variants {name}: no such variant (known: {', '.join(VARIANTS)})")
-    return names
+    try:
+        return [find_variant(name.strip()).name for name in text.split(",") if name.strip()]
+    except ValueError as error:
+        raise ValueError(f"--variants {text}: {error}") from error
 
 
 def _jobs(asked: int | None, scale: Scale) -> int:

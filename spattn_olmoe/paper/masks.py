@@ -6,14 +6,14 @@ import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..patterns import Pattern, build_pattern, causal_pairs, interval_table
+from ..patterns import VARIANTS, Pattern, causal_pairs, interval_table, variant_of
 from ..patterns.base import MaskMod
 
 PIXELS = 288
@@ -140,14 +140,14 @@ def draw(pattern: Pattern, T: int | None = None) -> Figure:
     return _grid(
         [panels[n : n + columns] for n in range(0, H, columns)],
         T,
-        pattern.name,
+        variant_of(pattern.name, pattern.options).title,
         f"{shape}, {options}: {cost(pattern, T)}",
     )
 
 
 def figure_1() -> Figure:
     """Figure 1 of arXiv 2511.09596: the bands of Eq. 4 in every head, N = 1024, H = 8."""
-    return draw(build_pattern("spattention", n_heads=8, band_length=1024))
+    return draw(VARIANTS["exclusive"].build(n_heads=8, band_length=1024))
 
 
 def figure_2() -> Figure:
@@ -156,36 +156,23 @@ def figure_2() -> Figure:
     labels = {"sliding_window": "(a) Sliding window", "eball": "(b) EBALL", "gbhalf": "(c) GBHALF"}
     row = []
     for name, label in labels.items():
-        pattern = build_pattern(name, n_heads=8, band_length=N)
+        pattern = VARIANTS[name].build(n_heads=8, band_length=N)
         row.append(Panel(pattern, head, f"{label}, head {head}\n{distances(pattern, head, N)}"))
     return _grid([row], N, "The ablations", f"H = 8, N = {N}, each drawn at head {head}")
 
 
-OVERVIEW: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("standard", {}),
-    ("spattention", {}),
-    ("spattention", {"local_sharing": True}),
-    ("sliding_window", {}),
-    ("eball", {}),
-    ("gbhalf", {}),
-    ("longformer", {}),
-    ("bigbird", {}),
-    ("reformer", {}),
-)
-"""The nine masks, in the order of the documentation: type and options."""
-
-
 def overview(n_heads: int = 8, band_length: int = 1024, heads: Sequence[int] = (0, 1, 2, 3, 5, 7)) -> Figure:
-    """The nine masks, one row each, a few heads."""
+    """The named masks of this package, one row each, a few heads."""
     rows: list[list[Panel]] = []
     labels = []
-    for name, options in OVERVIEW:
-        pattern = build_pattern(name, n_heads=n_heads, band_length=band_length, **options)
+    for variant in VARIANTS.values():
+        pattern = variant.build(n_heads, band_length)
         rows.append([Panel(pattern, h, f"Head {h}" if not rows else "") for h in heads])
-        labels.append("\n".join([name, *(f"{key}: {str(value).lower()}" for key, value in options.items())]))
-        labels[-1] += f"\n\n{cost(pattern, band_length)}".replace(" of dense", "\nof dense")
+        labels.append(
+            f"{variant.name}\n\n{cost(pattern, band_length)}".replace(" of dense", "\nof dense").replace(" (", "\n(")
+        )
     shape = f"H = {n_heads}, N = {band_length}, heads {', '.join(map(str, heads))}"
-    return _grid(rows, band_length, "What each attention type attends", shape, labels, panel=0.875)
+    return _grid(rows, band_length, "What each mask attends", shape, labels, panel=0.875)
 
 
 def save(figure: Figure, path: str | Path) -> Path:
@@ -233,7 +220,9 @@ def _grid(
             write(left - 0.125, middle, labels[n], ha="right", fontsize=8.5)
         else:
             write(left - 0.125, middle, "query", rotation=90, fontsize=8, color=_PALE)
-    note = "Query downwards, key to the right. Blue: attended (paler: a share of the pairs); white: the future."
+    note = (
+        "Rows are queries, columns keys. Blue: attended; lighter blue: partly; palest: not attended; white: the future."
+    )
     write(width / 2, 0.17, note, fontsize=8, color=_PALE)
     return figure
 

@@ -20,6 +20,7 @@ from ..data.config import DataConfig
 from ..data.config import load_config as load_data_config
 from ..machine import gpu_hours
 from ..model.flops import flops_per_token
+from ..patterns import find_variant
 from ..settings import read
 from ..train.config import ExperimentConfig, load_experiment
 from ..train.run import check
@@ -27,23 +28,7 @@ from ..train.run import check
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "standard": ("attention.type=standard",),
-    "spattention": ("attention.type=spattention", "attention.local_sharing=true"),
-    "exclusive": ("attention.type=spattention", "attention.local_sharing=false"),
-    "sliding_window": ("attention.type=sliding_window",),
-    "eball": ("attention.type=eball",),
-    "gbhalf": ("attention.type=gbhalf",),
-    "longformer": ("attention.type=longformer",),
-    "reformer": ("attention.type=reformer",),
-    "bigbird": ("attention.type=bigbird",),
-    "reformer_lsh": ("attention.type=reformer", "attention.buckets=lsh"),
-    "bigbird_random": ("attention.type=bigbird", "attention.random_links=seeded"),
-}
-"""What is compared, by name. ``spattention`` is the released code's mask, ``exclusive`` the one of the paper's Eq. 4;
-``reformer`` and ``bigbird`` are the released code's stand-ins, ``reformer_lsh`` and ``bigbird_random`` the methods."""
-
-REFERENCE = "spattention"
+REFERENCE = "sharing"
 """The variant that the others are compared with."""
 
 
@@ -52,8 +37,8 @@ class Table:
     """A table of the paper.
 
     :param models: its models at the paper's scale.
-    :param rows: variant and the row of the paper's table that it stands for, by model where the table has several.
-    :param extra: variants that the paper's table does not have.
+    :param rows: named mask and the row of the paper's table that it stands for, by model where the table has several.
+    :param extra: named masks that the paper's table does not have.
     """
 
     models: tuple[str, ...]
@@ -69,10 +54,10 @@ TABLES = {
     "table1": Table(
         ("0p25b1p75b", "1b7b"),
         (
-            ("standard", "0.25B-1.75B Standard Attention"),
-            ("spattention", "0.25B-1.75B SPAttention"),
-            ("standard", "1B-7B Standard Attention"),
-            ("spattention", "1B-7B SPAttention"),
+            ("dense", "0.25B-1.75B Standard Attention"),
+            ("sharing", "0.25B-1.75B SPAttention"),
+            ("dense", "1B-7B Standard Attention"),
+            ("sharing", "1B-7B SPAttention"),
         ),
     ),
     "table2": Table(
@@ -81,10 +66,10 @@ TABLES = {
             ("longformer", "Longformer"),
             ("reformer", "Reformer"),
             ("bigbird", "BigBird"),
-            ("standard", "Standard"),
-            ("spattention", "SPAttention"),
+            ("dense", "Standard"),
+            ("sharing", "SPAttention"),
         ),
-        extra=("reformer_lsh", "bigbird_random"),
+        extra=("reformer_lsh", "bigbird_seeded"),
     ),
     "table3": Table(
         ("0p25b1p75b",),
@@ -92,9 +77,9 @@ TABLES = {
             ("gbhalf", "GBHALF"),
             ("eball", "EBALL"),
             ("sliding_window", "Sliding Window"),
-            ("spattention", "SPAttention"),
+            ("sharing", "SPAttention"),
         ),
-        extra=("standard", "exclusive"),
+        extra=("dense", "exclusive"),
     ),
 }
 
@@ -218,15 +203,16 @@ def plan_runs(
 
 
 def _paper_config(model: str, variant: str) -> Path:
-    (name,) = (item.removeprefix("attention.type=") for item in VARIANTS[variant] if item.startswith("attention.type="))
-    name = {"spattention": "spattn"}.get(name, name)
-    return CONFIGS / f"{model}_{name}.yaml"
+    """The config of a model with this mask; of a mask that has none the dense one, which the overrides change."""
+    type_ = find_variant(variant).type
+    own = CONFIGS / f"{model}_{'spattn' if type_ == 'spattention' else type_}.yaml"
+    return own if own.exists() else CONFIGS / f"{model}_standard.yaml"
 
 
 def _run(model: str, variant: str, seed: int, config: Path, overrides: Sequence[str], out: Path) -> Run:
     weights, order = _first_seeds(config, tuple(overrides))
     wanted = [
-        *VARIANTS[variant],
+        *find_variant(variant).overrides,
         *overrides,
         f"init_seed={weights + seed}",
         f"data_loader.seed={order + seed}",

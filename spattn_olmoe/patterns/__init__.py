@@ -8,7 +8,7 @@ import pkgutil
 
 from .base import MAX_INTERVALS, UNBOUNDED, Pattern, causal_pairs, interval_table
 from .registry import available_patterns, build_pattern, pattern_class, pattern_options, register_pattern
-from .variants import VARIANTS, Variant, available_variants, find_variant, mask_name, variant_of
+from .variants import VARIANTS, Variant, available_variants, build_mask, find_variant, mask_name, variant_of
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -21,6 +21,7 @@ __all__ = [
     "Variant",
     "available_patterns",
     "available_variants",
+    "build_mask",
     "build_pattern",
     "causal_pairs",
     "find_variant",

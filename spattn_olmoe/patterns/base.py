@@ -146,11 +146,14 @@ class Pattern(ABC):
         """The options of this type, by name, without heads and length."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("n_heads", "band_length")}
 
+    @classmethod
+    def full_name(cls) -> str:
+        """The name by which a new process finds the type: ``module.name`` where it lives outside this package."""
+        return cls.name if cls.__module__.startswith(f"{__package__}.") else f"{cls.__module__}.{cls.name}"
+
     def to_config(self) -> dict[str, Any]:
         """Keyword arguments with which ``build_pattern`` makes an equal pattern, in a new process as well."""
-        module = type(self).__module__
-        name = self.name if module.startswith(f"{__package__}.") else f"{module}.{self.name}"
-        config = {"name": name, "n_heads": self.n_heads, "band_length": self.band_length, **self.options}
+        config = {"name": self.full_name(), "n_heads": self.n_heads, "band_length": self.band_length, **self.options}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
     def at_length(self, T: int) -> Pattern:

@@ -5,6 +5,7 @@ A named mask is an attention type with options. ``spattention`` is the type of t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -29,6 +30,9 @@ class Variant(NamedTuple):
 
     def build(self, n_heads: int, band_length: int, **options: Any) -> Pattern:
         """Its pattern; ``options`` are further ones, as :func:`.registry.build_pattern` takes them."""
+        for key in options.keys() & self.options.keys():
+            if options[key] != self.options[key]:
+                raise ValueError(f"attention.{key}={options[key]!r} is not {self.name!r}: leave one of the two out")
         return build_pattern(self.type, n_heads, band_length, **{**self.options, **options})
 
     @property
@@ -82,15 +86,25 @@ def find_variant(name: str) -> Variant:
         return masks[0]
     if name not in available_patterns() and "." not in name:
         known = available_variants()
-        raise ValueError(f"{name!r} is not a mask{nearest(name, known)} (known: {', '.join(known)})")
-    own = pattern_class(name).name
-    return Variant(own, name, {}, own)
+        hint = nearest(name, {*known, *available_patterns()})
+        raise ValueError(f"{name!r} is not a mask{hint} (known: {', '.join(known)})")
+    cls = pattern_class(name)
+    return Variant(cls.name, cls.full_name(), {}, cls.name)
+
+
+def build_mask(name: str, n_heads: int, band_length: int, **options: Any) -> Pattern:
+    """The pattern of a named mask, or of a type with its options, whichever ``name`` is.
+
+    :raises ValueError: neither; or options that are wrong or do not fit the name.
+    """
+    if name in available_patterns():
+        return build_pattern(name, n_heads, band_length, **options)
+    return find_variant(name).build(n_heads, band_length, **options)
 
 
 def variant_of(type: str, options: Mapping[str, Any]) -> Variant:
     """The variant that a type with options is, or is nearest to: of its type, the one that most options agree with."""
-    defaults = pattern_options(type) if type in available_patterns() else {}
-    given = {**defaults, **options}
+    given = {**_defaults(type), **options}
     masks = [v for v in VARIANTS.values() if v.type == type and v.options.items() <= given.items()]
     name = type.rpartition(".")[2]
     return max(masks, key=lambda mask: len(mask.options), default=Variant(name, type, {}, name))
@@ -103,6 +117,16 @@ def mask_name(type: str, options: Mapping[str, Any]) -> str:
     'sharing follows_input=true'
     """
     variant = variant_of(type, options)
-    stated = {**(pattern_options(type) if type in available_patterns() else {}), **variant.options}
+    stated = {**_defaults(type), **variant.options}
     extra = (f" {k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in options.items() if stated.get(k) != v)
     return variant.name + "".join(extra)
+
+
+def _defaults(type: str) -> dict[str, Any]:
+    """The options of a type with their defaults; of a type that is not imported, those that all types have."""
+    name = type.rpartition(".")[2]
+    if name in available_patterns():
+        return pattern_options(name)
+    return {
+        field.name: field.default for field in dataclasses.fields(Pattern) if field.default is not dataclasses.MISSING
+    }

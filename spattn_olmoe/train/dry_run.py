@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..model.flops import flops_per_token
 from ..model.section import layer_patterns, unread_options
-from ..patterns import Pattern, causal_pairs
+from ..patterns import Pattern, causal_pairs, variant_of
 from ..patterns.head_order import imbalance
 from .config import ExperimentConfig
 
@@ -58,7 +58,7 @@ def attention_table(patterns: list[Pattern], T: int, ignored: tuple[str, ...], *
     :param ranks: how many ranks share the heads of a layer.
     """
     kinds = Counter(patterns)
-    table = Table("attention", *(pattern.name for pattern in kinds), min_width=100)
+    table = Table("attention", *(variant_of(p.name, p.options).name for p in kinds), min_width=100)
     dense = {pattern: pattern.n_heads * causal_pairs(T) for pattern in kinds}
     rows: dict[str, Callable[[Pattern], str]] = {
         "layers": lambda p: str(kinds[p]),

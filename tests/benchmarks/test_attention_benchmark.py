@@ -14,14 +14,15 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import attention as benchmark  # noqa: E402
 from benchmarks import contenders, report, timing  # noqa: E402
-from spattn_olmoe import build_pattern, machine  # noqa: E402
+from spattn_olmoe import machine  # noqa: E402
+from spattn_olmoe.patterns import VARIANTS  # noqa: E402
 
 
 def test_the_gate_lets_the_right_attention_through_and_names_what_is_wrong():
-    pattern = build_pattern("spattention", n_heads=4, band_length=benchmark.GATE_LENGTH)
+    pattern = VARIANTS["exclusive"].build(4, benchmark.GATE_LENGTH)
     found, missing = contenders.banded("cpu", pattern, benchmark.GATE_LENGTH)
     assert set(found) == {"ours", "sdpa masked"} and not missing
-    check = {"label": "spattention", "H": 4, "D": 16, "dtype": torch.float32, "device": "cpu"}
+    check = {"label": "exclusive", "H": 4, "D": 16, "dtype": torch.float32, "device": "cpu"}
     assert all(benchmark.gate(attend, **check) is None for attend in found.values())
     dense = contenders.dense("cpu", 512, 4)[0]["sdpa is_causal"]
     assert benchmark.gate(dense, **check | {"label": "dense"}) is None
@@ -38,7 +39,7 @@ def test_the_gate_lets_the_right_attention_through_and_names_what_is_wrong():
 def test_operations_and_bounds_are_those_of_the_design(monkeypatch):
     """B1 H8 N4096 D128 exclusive, forward: bound by memory, 7.8 microseconds on an H200."""
     setting = benchmark.Setting(1, 8, 4096, 128)
-    pattern = build_pattern("spattention", n_heads=8, band_length=4096)
+    pattern = VARIANTS["exclusive"].build(8, 4096)
     monkeypatch.setattr(machine, "device_name", lambda device: "NVIDIA H200")
     row = benchmark._derived(setting, pattern, "fwd", 0.0156, "cuda")
     assert row["share_of_bound"] == pytest.approx(0.5, rel=0.01)
@@ -73,14 +74,14 @@ def test_the_command_stores_results_with_their_machine_and_reports_them(tmp_path
     monkeypatch.setattr(machine, "results_folder", lambda device: tmp_path)
     parser = __import__("argparse").ArgumentParser()
     benchmark.add_arguments(parser)
-    line = "--device cpu --settings 1x2x256 --head-dims 16 --patterns spattention gbhalf --seconds 0"
+    line = "--device cpu --settings 1x2x256 --head-dims 16 --patterns exclusive gbhalf --seconds 0"
     assert benchmark.run(parser.parse_args(line.split())) == 0
     assert "this times the CPU path" in capsys.readouterr().out
     data = json.loads((tmp_path / "attention.json").read_text())
     (run,) = data["runs"]
     assert run["versions"]["torch"] == torch.__version__ and run["commit"] and run["command"].startswith("python ")
     timed = {(row["pattern"], row["contender"], row["mode"]) for row in data["rows"]}
-    names = [("dense", "sdpa is_causal")] + [(p, c) for p in ("spattention", "gbhalf") for c in ("ours", "sdpa masked")]
+    names = [("dense", "sdpa is_causal")] + [(p, c) for p in ("exclusive", "gbhalf") for c in ("ours", "sdpa masked")]
     assert timed == {(*name, mode) for name in names for mode in benchmark.MODES}
     table = (tmp_path / "attention.md").read_text()
     ours = next(r for r in data["rows"] if (r["pattern"], r["contender"], r["mode"]) == ("gbhalf", "ours", "bwd"))
@@ -98,3 +99,12 @@ def test_the_command_line_refuses_what_it_does_not_understand():
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert run.returncode == 2
     assert "--settings '8x4096': must be BxHxN" in run.stderr
+
+
+def test_a_mask_that_is_not_known_is_one_line_with_the_nearest(capsys):
+    parser = __import__("argparse").ArgumentParser()
+    benchmark.add_arguments(parser)
+    for word, meant in (("sharng", "did you mean 'sharing'"), ("spattention", "name one of exclusive, sharing")):
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args(["--patterns", word])
+        assert stop.value.code == 2 and meant in capsys.readouterr().err

@@ -11,17 +11,18 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import report, training  # noqa: E402
-from benchmarks.training import ATTENTION, Setting  # noqa: E402
+from benchmarks.training import MASKS, Setting  # noqa: E402
 from benchmarks.training_step import Job, judge  # noqa: E402
 from spattn_olmoe import machine  # noqa: E402
 from spattn_olmoe.model.flops import flops_per_token  # noqa: E402
+from spattn_olmoe.patterns import VARIANTS  # noqa: E402
 from spattn_olmoe.train import load_experiment  # noqa: E402
 
 TINY = ("model.d_model=32", "model.n_layers=2", "model.block.feed_forward_moe.hidden_size=16")
 
 
 def test_a_setup_is_measured_in_a_process_of_its_own():
-    overrides = (*ATTENTION["spattention+sharing"], *TINY)
+    overrides = (*VARIANTS["sharing"].overrides, *TINY)
     result = training._run(Job("quickstart.yaml", 64, overrides, 2, 2, 1, "cpu"), limit=300)
     assert "error" not in result, result
     assert result["tokens"] == 2 * 2 * 64 and result["layers"] == 2
@@ -58,7 +59,7 @@ def test_a_profile_is_judged_by_layers_and_experts():
 
 
 def fitting(layers_that_fit, asked):
-    """Setups of which those with more layers do not fit; a third of the time for spattention."""
+    """Setups of which those with more layers do not fit; a third of the time for bands."""
 
     def run(job, limit):
         (layers,) = [int(x.split("=")[1]) for x in job.overrides if x.startswith("model.n_layers=")]
@@ -87,7 +88,7 @@ def test_layers_are_halved_for_all_attention_types_until_all_fit(monkeypatch):
     monkeypatch.setattr(training, "_run", fitting(2, asked))
     rows = training._measure_setting(Setting("quickstart", 512, False), "cpu", 1, 10)
     assert asked == [4, 2, 2, 2, 1, 1, 1]
-    assert [(row["attention"], row["layers"], row["of_layers"]) for row in rows] == [(a, 1, 4) for a in ATTENTION]
+    assert [(row["attention"], row["layers"], row["of_layers"]) for row in rows] == [(a, 1, 4) for a in MASKS]
     monkeypatch.setattr(training, "_run", fitting(0, asked))
     (row,) = training._measure_setting(Setting("quickstart", 512, False), "cpu", 1, 10)
     assert row["error"] == "out of memory with one layer"
@@ -110,7 +111,7 @@ def test_results_are_kept_and_reported(tmp_path, monkeypatch, capsys):
     assert {row["setting"] for row in data["rows"]} == {"quickstart N512", "quickstart N1024"}
     assert data["runs"][0]["commit"]
     table = (tmp_path / "training.md").read_text()
-    assert "| spattention | k | 100,000 | 3.00x | 3.00x | 40.0% | 25.0% | 50.0% | 1.00 | 4 of 4 | n/a | n/a |" in table
+    assert "| exclusive | k | 100,000 | 3.00x | 3.00x | 40.0% | 25.0% | 50.0% | 1.00 | 4 of 4 | n/a | n/a |" in table
     assert (tmp_path / "training.svg").read_text().startswith("<?xml")
     assert report.write(tmp_path / "training.json", report.training_markdown, report.training_plot)
     assert (tmp_path / "training.md").read_text() == table
@@ -127,7 +128,7 @@ def test_the_gpu_measures_both_models_at_every_length_compiled_and_not():
     with pytest.raises(ValueError, match="at least 1"):
         training._settings(arguments("--lengths", "0"), "cuda")
     for setting in settings:  # every config is there and takes the overrides
-        job = training._job(setting, "spattention", 2, "cuda", 8)
+        job = training._job(setting, "exclusive", 2, "cuda", 8)
         config = load_experiment(ROOT / "configs" / job.config, [*job.overrides, f"dataset.sequence_length={job.N}"])
         assert config.model.n_layers == 2 and config.train_module.compile_model == setting.compiled
         assert job.sequences * job.N == max(16384, job.N)

@@ -66,7 +66,7 @@ def test_several_checkpoints_from_the_command_line(checkpoint_of, evaluate_comma
     )
     assert code == 0
     results = json.loads((tmp_path / "loss.json").read_text())
-    assert [run["attention_name"] for run in results["checkpoints"]] == ["standard", "gbhalf"]
+    assert [run["attention_name"] for run in results["checkpoints"]] == ["dense", "gbhalf"]
     assert results["sequences"] == 20
     assert "B against A, paired over sequences" in out
     assert (tmp_path / "loss.md").read_text() in out

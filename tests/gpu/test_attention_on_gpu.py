@@ -5,12 +5,13 @@ import random
 import pytest
 import torch
 
-from spattn_olmoe import attention, build_pattern
+from spattn_olmoe import attention
 from spattn_olmoe.kernels import cached_attention, choose
+from spattn_olmoe.patterns import available_variants, find_variant
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
-PATTERNS = ["standard", "spattention", "spattention+sharing", "sliding_window", "eball", "gbhalf"]
+MASKS = [name for name in available_variants() if find_variant(name).build(4, 32).intervals is not None]
 LENGTHS = [1, 2, 17, 63, 64, 65, 127, 128, 129, 255, 1000, 1024, 2047, 2048, 4096, 4097]
 SHAPES = [
     *((1, 1, 64), (2, 1, 32), (3, 3, 80), (2, 2, 192), (4, 4, 128), (4, 1, 256)),
@@ -32,8 +33,7 @@ def poisoned_memory():
 
 
 def build(name, H, N):
-    name, _, sharing = name.partition("+")
-    return build_pattern(name, n_heads=H, band_length=N, **({"local_sharing": True} if sharing else {}))
+    return find_variant(name).build(H, N)
 
 
 def tensors(B, T, H, G, D, dtype=torch.bfloat16):
@@ -60,7 +60,7 @@ def assert_close(actual, expected, tolerance):
 
 @pytest.mark.parametrize("draw", range(4))
 @pytest.mark.parametrize("T", LENGTHS)
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", MASKS)
 def test_agrees_with_the_reference(name, T, draw):
     rng = random.Random(f"{name} {T} {draw}")
     H, G, D = rng.choice(SHAPES if T <= 2048 else SHAPES[:8])  # the reference holds (H, T, T) in float64
@@ -78,20 +78,11 @@ def test_agrees_with_the_reference(name, T, draw):
     assert (actual[0][(expected[0] == 0).all(-1)] == 0).all()
 
 
-RIVALS = {
-    "longformer": {},
-    "bigbird": {},
-    "bigbird, random links": {"random_links": "seeded"},
-    "reformer": {},
-    "reformer, LSH": {"buckets": "lsh"},
-}
-
-
 @pytest.mark.parametrize("with_documents", [False, True])
 @pytest.mark.parametrize("T", [200, 1024])
-@pytest.mark.parametrize("name", RIVALS)
-def test_the_rivals_through_flex_agree_with_the_reference(name, T, with_documents):
-    pattern = build_pattern(name.partition(",")[0], n_heads=8, band_length=1024, **RIVALS[name])
+@pytest.mark.parametrize("name", [name for name in available_variants() if name not in MASKS])
+def test_masks_without_intervals_through_flex_agree_with_the_reference(name, T, with_documents):
+    pattern = build(name, 8, 1024)
     cu_doc_lens = torch.tensor([0, 50, 290, 2 * T], dtype=torch.int32, device="cuda") if with_documents else None
     xs, d_out = tensors(2, T, 8, 2, 64, torch.float32), torch.randn(2, T, 8, 64, device="cuda")
     assert choose("cuda", pattern, T, with_documents) == "flex"
@@ -99,7 +90,7 @@ def test_the_rivals_through_flex_agree_with_the_reference(name, T, with_document
     assert_close(with_gradients(lambda *x: attention(*x, pattern, "auto", cu_doc_lens), xs, d_out), expected, 1e-3)
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", MASKS)
 def test_head_offset_and_scale(name):
     pattern = build(name, 8, 500)
     xs, d_out = tensors(2, 500, 4, 2, 64), torch.randn(2, 500, 4, 64, device="cuda")
@@ -110,14 +101,14 @@ def test_head_offset_and_scale(name):
 
 
 def test_gradients_are_the_same_bits_every_time():
-    pattern = build("spattention+sharing", 8, 2048)
+    pattern = build("sharing", 8, 2048)
     xs, d_out = tensors(2, 2048, 8, 2, 128), torch.randn(2, 2048, 8, 128, device="cuda")
     first, second = (with_gradients(lambda *x: attention(*x, pattern, "triton"), xs, d_out) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_compiles_to_one_graph():
-    pattern = build("spattention+sharing", 8, 512)
+    pattern = build("sharing", 8, 512)
     xs, d_out = tensors(2, 512, 8, 8, 64), torch.randn(2, 512, 8, 64, device="cuda")
     cu_doc_lens = torch.tensor([0, 100, 700, 1024], dtype=torch.int32, device="cuda")
 
@@ -127,7 +118,7 @@ def test_compiles_to_one_graph():
     assert_close(with_gradients(torch.compile(call, fullgraph=True), xs, d_out), with_gradients(call, xs, d_out), 1e-2)
 
 
-@pytest.mark.parametrize("name", PATTERNS[1:])
+@pytest.mark.parametrize("name", MASKS[1:])
 def test_auto_chooses_the_kernels_on_a_gpu_that_can_run_them(name):
     expected = "triton" if torch.cuda.get_device_capability() >= (8, 0) else "flex"
     assert choose("cuda", build(name, 8, 1024), 1024, False) == expected
@@ -136,7 +127,7 @@ def test_auto_chooses_the_kernels_on_a_gpu_that_can_run_them(name):
 def test_offsets_beyond_two_to_the_31_and_memory_that_grows_with_the_length_only():
     """131,072 tokens of a fused projection, so that positions times strides pass 2^31 elements."""
     T, H, D = 131072, 2, 64
-    pattern = build("spattention", 16, T)
+    pattern = build("exclusive", 16, T)
     wide = torch.empty(1, T, 16400 + 3 * H * D, device="cuda", dtype=torch.bfloat16)
     wide[..., 16400:].normal_()
     q, k, v = (x.view(1, T, H, D) for x in wide[..., 16400:].split(H * D, dim=-1))
@@ -154,7 +145,7 @@ def test_offsets_beyond_two_to_the_31_and_memory_that_grows_with_the_length_only
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", MASKS)
 def test_decoding(name, dtype):
     pattern = build(name, 8, 4096)
     q, k, v = (torch.randn(3, s, h, 128, device="cuda", dtype=dtype) for s, h in ((1, 8), (4096, 2), (4096, 2)))

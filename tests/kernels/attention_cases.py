@@ -5,23 +5,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from spattn_olmoe.patterns import Pattern, build_pattern
+from spattn_olmoe.patterns import Pattern, available_variants, find_variant
 
-MASKS = {
-    "standard": ("standard", {}),
-    "spattention": ("spattention", {}),
-    "spattention+sharing": ("spattention", {"local_sharing": True}),
-    "sliding_window": ("sliding_window", {}),
-    "eball": ("eball", {}),
-    "gbhalf": ("gbhalf", {}),
-    "longformer": ("longformer", {}),
-    "bigbird": ("bigbird", {}),
-    "bigbird+seeded": ("bigbird", {"random_links": "seeded", "block_size": 9}),
-    "reformer": ("reformer", {}),
-}
+OPTIONS = {"bigbird_seeded": {"block_size": 9}, "reformer_lsh": {"n_hashes": 2, "bucket_size": 12}}
+"""Options that make a mask worth testing at the lengths of :data:`CASES`."""
 
-CONTENT = {"reformer+lsh": ("reformer", {"buckets": "lsh", "n_hashes": 2, "bucket_size": 12})}
+CONTENT = [name for name in available_variants() if find_variant(name).build(4, 32).follows_content]
 """Masks that follow the content: there is no dense mask without queries and keys."""
+
+MASKS = [name for name in available_variants() if name not in CONTENT]
+"""All others, those of types that were added to the package among them."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +43,7 @@ OWN = {"every_other": EveryOther, "two_far_intervals": TwoFarIntervals}
 def build(mask: str, H: int, N: int, **options) -> Pattern:
     if mask in OWN:
         return OWN[mask](n_heads=H, band_length=N, **options)
-    name, own = (MASKS | CONTENT)[mask]
-    return build_pattern(name, n_heads=H, band_length=N, **own, **options)
+    return find_variant(mask).build(H, N, **OPTIONS.get(mask, {}), **options)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def test_reference_is_textbook_attention(mask, case):
 
 @pytest.mark.parametrize("impl", ["reference", "cpu", "flex"])
 @pytest.mark.parametrize("scale", [0.0, -0.7])
-@pytest.mark.parametrize("mask", ["standard", "spattention+sharing", "every_other"])
+@pytest.mark.parametrize("mask", ["dense", "sharing", "every_other"])
 def test_a_scale_may_be_zero_or_negative(mask, scale, impl):
     case = Case(T=70, N=70, scale=scale)
     pattern = build(mask, case.H, case.N)
@@ -68,10 +68,10 @@ def test_a_scale_may_be_zero_or_negative(mask, scale, impl):
 def test_a_scale_must_be_finite(scale):
     q = torch.randn(1, 3, 4, 8)
     with pytest.raises(ValueError, match=r"scale=.*finite"):
-        attention(q, q, q, build("standard", 4, 8), scale=scale)
+        attention(q, q, q, build("dense", 4, 8), scale=scale)
 
 
-@pytest.mark.parametrize("mask", ["spattention+sharing", "gbhalf", "every_other"])
+@pytest.mark.parametrize("mask", ["sharing", "gbhalf", "every_other"])
 def test_reference_gradients_are_those_of_finite_differences(mask):
     case = Case(T=6, N=6, H=2, G=1, B=1, D=3, docs=(4, 2))
     q, k, v, _ = inputs(case)
@@ -82,7 +82,7 @@ def test_reference_gradients_are_those_of_finite_differences(mask):
 def test_reference_in_half_precision_computes_in_float32():
     case = Case(T=40, N=40)
     q, k, v, _ = inputs(case, dtype=torch.bfloat16, requires_grad=False)
-    pattern = build("spattention+sharing", case.H, case.N)
+    pattern = build("sharing", case.H, case.N)
     expected = forward("reference", case, pattern, q.float(), k.float(), v.float()).bfloat16()
     assert torch.equal(forward("reference", case, pattern, q, k, v), expected)
 
@@ -138,7 +138,7 @@ def test_cpu_takes_views():
     case = Case(T=150, N=150, D=8)
     fused = torch.randn(case.B, case.T, 3 * case.H, case.D, dtype=torch.float64)
     q, k, v = fused.split(case.H, dim=2)
-    pattern = build("spattention+sharing", case.H, case.N)
+    pattern = build("sharing", case.H, case.N)
     got = forward("cpu", case, pattern, q, k, v)
     torch.testing.assert_close(got, forward("reference", case, pattern, q, k, v), rtol=1e-10, atol=1e-11)
 
@@ -147,7 +147,7 @@ def test_cpu_takes_views():
 
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[8], CASES[9], CASES[11]], ids=str)
-@pytest.mark.parametrize("mask", ["spattention", "gbhalf", "every_other", "two_far_intervals"])
+@pytest.mark.parametrize("mask", ["exclusive", "gbhalf", "every_other", "two_far_intervals"])
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_rows_without_keys_are_zero_with_zero_gradient(impl, mask, case):
     pattern = build(mask, case.H, case.N)
@@ -161,7 +161,7 @@ def test_rows_without_keys_are_zero_with_zero_gradient(impl, mask, case):
 
 
 @pytest.mark.parametrize("case", [Case(T=200, N=200, B=1), Case(T=90, N=90, G=2, docs=(30, 75, 75))], ids=str)
-@pytest.mark.parametrize("mask", ["spattention", "gbhalf", "every_other", "two_far_intervals"])
+@pytest.mark.parametrize("mask", ["exclusive", "gbhalf", "every_other", "two_far_intervals"])
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_rows_without_keys_stay_zero_beside_huge_values(impl, mask, case):
     pattern = build(mask, case.H, case.N)
@@ -221,7 +221,7 @@ def test_other_documents_and_later_tokens_have_no_influence(mask):
 def test_documents_are_attended_as_if_alone():
     case = Case(T=100, N=100, B=1, docs=(37, 63))
     q, k, v, _ = inputs(case, requires_grad=False)
-    for mask in ("spattention", "spattention+sharing", "gbhalf", "reformer", "reformer+lsh"):
+    for mask in ("exclusive", "sharing", "gbhalf", "reformer", "reformer_lsh"):
         pattern = build(mask, case.H, case.N)
         together = forward("cpu", case, pattern, q, k, v)
         alone = torch.cat([attention(*(x[:, part] for x in (q, k, v)), pattern) for part in DOCUMENTS], dim=1)
@@ -254,7 +254,7 @@ def test_band_length_input_attends_as_a_pattern_of_that_length(mask, impl):
 @pytest.mark.parametrize("follows_input", [False, True])
 def test_nothing_in_nothing_out(impl, shape, follows_input):
     q = torch.randn(*shape, 4, 8, requires_grad=True)
-    out = attention(q, q, q, build("standard", 4, 8, follows_input=follows_input), impl)
+    out = attention(q, q, q, build("dense", 4, 8, follows_input=follows_input), impl)
     assert out.shape == q.shape
     out.sum().backward()
     assert q.grad.shape == q.shape
@@ -265,7 +265,7 @@ def test_nothing_in_nothing_out(impl, shape, follows_input):
 
 @pytest.mark.parametrize("case", [Case(T=40, N=40), Case(T=33, N=20, G=2, scale=0.3)], ids=str)
 def test_sdpa_is_dense_causal_attention(case):
-    pattern = build("standard", case.H, case.N)
+    pattern = build("dense", case.H, case.N)
     qkvw = inputs(case)
     for got, expected in zip(run("sdpa", case, pattern, qkvw), run("reference", case, pattern, qkvw), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)

@@ -65,7 +65,7 @@ def test_rows_without_keys_are_exactly_zero():
 
 def test_local_heads_and_scale():
     case = Case(T=20, N=20, H=6, G=3, offset=2, local=2, scale=0.7)
-    pattern = build("spattention+sharing", case.H, case.N)
+    pattern = build("sharing", case.H, case.N)
     q, k, v, _ = inputs(case, requires_grad=False)
     got = through_cache(q, k, v, pattern, [5, 15], capacity=20, head_offset=2, scale=0.7)
     expected = attention(q, k, v, pattern, "reference", head_offset=2, scale=0.7)
@@ -73,7 +73,7 @@ def test_local_heads_and_scale():
 
 
 def test_queries_behind_the_end_of_the_cache_are_refused():
-    pattern = build("spattention+sharing", 4, 32)
+    pattern = build("sharing", 4, 32)
     q, k = torch.randn(2, 3, 4, 8), torch.randn(2, 13, 2, 8)
     with pytest.raises(ValueError, match=r"start=12: 3 queries from there on do not fit a cache of 13 positions"):
         cached_attention(q, k, k, pattern, start=12)

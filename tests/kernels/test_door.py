@@ -12,7 +12,7 @@ from spattn_olmoe.kernels import choose
 
 door = sys.modules[choose.__module__]  # the package exports the function under the module's name
 
-PATTERN = build("spattention", 4, 20)
+PATTERN = build("exclusive", 4, 20)
 CASE = Case(T=20, N=20)
 
 
@@ -38,9 +38,9 @@ def test_the_example_call_is_good():
     ("device", "mask", "documents", "impl"),
     [
         ("cpu", "eball", False, "cpu"),
-        ("cpu", "standard", True, "cpu"),
+        ("cpu", "dense", True, "cpu"),
         ("cpu", "reformer", False, "cpu"),
-        ("cuda", "standard", False, "sdpa"),
+        ("cuda", "dense", False, "sdpa"),
     ],
 )
 def test_auto_chooses_by_device_and_pattern(device, mask, documents, impl):
@@ -103,7 +103,7 @@ BAD_CALLS = {
     ),
     "sdpa for bands": ({"impl": "sdpa"}, r"attention\.impl='sdpa' is dense causal .*not what 'spattention' asks for"),
     "sdpa with documents": (
-        {"impl": "sdpa", "pattern": build("standard", 4, 20), "cu_doc_lens": ints(0, 40)},
+        {"impl": "sdpa", "pattern": build("dense", 4, 20), "cu_doc_lens": ints(0, 40)},
         r"attention\.impl='sdpa' is dense causal attention without documents",
     ),
     "cpu elsewhere": (

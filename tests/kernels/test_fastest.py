@@ -21,14 +21,14 @@ def h200(monkeypatch):
 @pytest.mark.parametrize(
     ("mask", "documents", "dtype", "head_dim", "impl"),
     [
-        ("spattention", False, torch.bfloat16, 128, "triton"),
-        ("spattention+sharing", True, torch.float16, 80, "triton"),
+        ("exclusive", False, torch.bfloat16, 128, "triton"),
+        ("sharing", True, torch.float16, 80, "triton"),
         ("two_far_intervals", False, torch.float32, 256, "triton"),
-        ("standard", True, torch.bfloat16, 128, "triton"),
-        ("standard", False, torch.bfloat16, 128, "sdpa"),
+        ("dense", True, torch.bfloat16, 128, "triton"),
+        ("dense", False, torch.bfloat16, 128, "sdpa"),
         ("longformer", False, torch.bfloat16, 128, "flex"),
         ("bigbird", True, torch.bfloat16, 128, "flex"),
-        ("spattention", False, torch.bfloat16, 512, "flex"),
+        ("exclusive", False, torch.bfloat16, 512, "flex"),
     ],
 )
 def test_auto_on_a_gpu(h200, mask, documents, dtype, head_dim, impl):

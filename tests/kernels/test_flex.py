@@ -103,7 +103,7 @@ def test_ragged_lengths_keep_the_blocks_that_hold_a_pair(mask, H, N, T):
         assert block.shape[1] == 128  # keys beyond the input are never called attended
 
 
-@pytest.mark.parametrize("mask", ["standard", "spattention+sharing", "eball", "reformer"])
+@pytest.mark.parametrize("mask", ["dense", "sharing", "eball", "reformer"])
 def test_blocks_of_documents_hold_every_pair_and_full_ones_nothing_else(mask):
     case = Case(T=640, N=640, H=4, B=2, docs=(130, 500, 20, 0, 374, 256))
     pattern = build(mask, case.H, case.N)
@@ -128,7 +128,7 @@ def test_block_masks_are_of_the_local_heads():
 
 
 def test_block_masks_are_shared_by_the_layers():
-    pattern, same = build("spattention", 4, 512), build("spattention", 4, 512)
+    pattern, same = build("exclusive", 4, 512), build("exclusive", 4, 512)
     first = flex.block_mask(pattern, 1, 512, 4, 0, CPU)
     assert flex.block_mask(same, 1, 512, 4, 0, CPU) is first
     assert flex.block_mask(same, 7, 512, 4, 0, CPU) is first  # the batch does not matter without documents
@@ -138,7 +138,7 @@ def test_block_masks_are_shared_by_the_layers():
 
 
 def test_block_masks_of_documents_are_shared_until_the_documents_change():
-    pattern = build("spattention", 4, 256)
+    pattern = build("exclusive", 4, 256)
     lengths = torch.tensor([0, 100, 256], dtype=torch.int32)
     first = flex.block_mask(pattern, 1, 256, 4, 0, CPU, lengths)
     assert flex.block_mask(pattern, 1, 256, 4, 0, CPU, lengths) is first
@@ -153,7 +153,7 @@ def test_block_masks_of_documents_are_shared_until_the_documents_change():
 
 
 def test_block_masks_of_documents_are_forgotten_with_them():
-    pattern = build("spattention", 4, 256)
+    pattern = build("exclusive", 4, 256)
     before = len(flex._document_masks)
     lengths = torch.tensor([0, 100, 256], dtype=torch.int32)
     flex.block_mask(pattern, 1, 256, 4, 0, CPU, lengths)
@@ -162,7 +162,7 @@ def test_block_masks_of_documents_are_forgotten_with_them():
     assert len(flex._document_masks) == before
 
 
-@pytest.mark.parametrize("mask", ["spattention+sharing", "reformer", "reformer+lsh"])
+@pytest.mark.parametrize("mask", ["sharing", "reformer", "reformer_lsh"])
 def test_compiled_flex_takes_our_masks(mask):
     """What runs on a GPU is the compiled kernel: masks must survive tracing."""
     case = Case(T=200, N=256, H=4, G=2, B=1, D=16, offset=1, local=2)

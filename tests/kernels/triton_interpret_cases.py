@@ -79,23 +79,23 @@ def assert_close(actual, expected, tolerance):
 
 #        pattern               B  T    H  G  D   N    documents                       offset heads scale  dtype
 CASES = [
-    ("standard",               1, 130, 2, 2, 32, 130, None,                           0, None, None, torch.float32),
-    ("spattention",            1, 200, 8, 8, 32, 200, None,                           0, None, None, torch.float32),
-    ("spattention+sharing",    2, 150, 4, 2, 80, 150, None,                           0, None, None, torch.float32),
+    ("dense",                   1, 130, 2, 2, 32, 130, None,                           0, None, None, torch.float32),
+    ("exclusive",               1, 200, 8, 8, 32, 200, None,                           0, None, None, torch.float32),
+    ("sharing",                 2, 150, 4, 2, 80, 150, None,                           0, None, None, torch.float32),
     ("sliding_window",         1, 100, 2, 1, 96, 100, None,                           0, None, None, torch.float32),
     ("gbhalf",                 1, 170, 4, 4, 32, 128, None,                           0, None, None, torch.float32),
     ("eball",                  2, 190, 4, 4, 48, 190, (50, 0, 120, 30, 180),          0, None, None, torch.float32),
-    ("spattention+sharing",    2, 130, 4, 1, 32, 64,  (130, 1, 2, 64, 63),            0, None, None, torch.float32),
-    ("standard",               1, 140, 2, 2, 32, 140, (5, 64, 71),                    0, None, None, torch.float32),
+    ("sharing",                 2, 130, 4, 1, 32, 64,  (130, 1, 2, 64, 63),            0, None, None, torch.float32),
+    ("dense",                   1, 140, 2, 2, 32, 140, (5, 64, 71),                    0, None, None, torch.float32),
     ("fixed",                  1, 160, 4, 2, 32, 160, None,                           0, None, None, torch.float32),
     ("fixed",                  1, 160, 4, 2, 32, 160, (100, 60),                      0, None, None, torch.float32),
     ("eball",                  1, 128, 8, 2, 32, 128, None,                           4, 4,    None, torch.float32),
-    ("spattention+sharing",    1, 120, 4, 4, 32, 120, None,                           1, 2,    -0.4, torch.float32),
-    ("spattention",            1, 65,  4, 4, 16, 64,  None,                           0, None, 0.0,  torch.float32),
-    ("spattention+sharing",    1, 129, 4, 2, 64, 128, None,                           0, None, None, torch.float16),
+    ("sharing",                 1, 120, 4, 4, 32, 120, None,                           1, 2,    -0.4, torch.float32),
+    ("exclusive",               1, 65,  4, 4, 16, 64,  None,                           0, None, 0.0,  torch.float32),
+    ("sharing",                 1, 129, 4, 2, 64, 128, None,                           0, None, None, torch.float16),
     ("eball",                  1, 1,   4, 4, 32, 256, None,                           0, None, None, torch.float32),
     ("eball",                  1, 3,   8, 8, 33, 8,   None,                           0, None, None, torch.float32),
-    ("spattention",            1, 90,  2, 2, 160, 90, None,                           0, None, None, torch.float32),
+    ("exclusive",               1, 90,  2, 2, 160, 90, None,                           0, None, None, torch.float32),
     ("gbhalf",                 1, 60,  2, 1, 256, 60, None,                           0, None, None, torch.float32),
 ]  # fmt: skip
 
@@ -118,7 +118,7 @@ def test_agrees_with_the_reference(case):
     assert (actual[1][dead] == 0).all()
 
 
-@pytest.mark.parametrize("name", ["spattention", "spattention+sharing", "fixed"])
+@pytest.mark.parametrize("name", ["exclusive", "sharing", "fixed"])
 def test_agrees_with_the_shift_identity(name):
     pattern = build(name, 4, 150)
     xs = tensors(1, 150, 4, 2, 32)
@@ -187,14 +187,14 @@ def test_log_sum_exp_is_minus_infinity_where_a_row_has_no_key():
 
 
 def test_gradients_are_the_same_bits_every_time():
-    pattern = build("spattention+sharing", 4, 100)
+    pattern = build("sharing", 4, 100)
     xs, d_out = tensors(1, 100, 4, 1, 32), torch.randn(1, 100, 4, 32)
     first, second = (with_gradients(lambda *x: attention(*x, pattern, impl="triton"), xs, d_out) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_reads_views_where_they_lie_and_copies_other_layouts():
-    pattern = build("spattention+sharing", 2, 70)
+    pattern = build("sharing", 2, 70)
     fused = torch.randn(2, 70, 3, 2, 32)
     views = [x.requires_grad_() for x in fused.detach().unbind(2)]
     turned = [x.detach().transpose(1, 3).contiguous().transpose(1, 3).requires_grad_() for x in views]
@@ -206,7 +206,7 @@ def test_reads_views_where_they_lie_and_copies_other_layouts():
 
 
 def test_operators_pass_opcheck():
-    pattern = build("spattention+sharing", 2, 40)
+    pattern = build("sharing", 2, 40)
     xs = tensors(1, 40, 2, 1, 16)
     heads = banded.local_intervals(pattern, 0, 2)
     bounds = banded.document_bounds(torch.tensor([0, 15, 40], dtype=torch.int32), 1, 40)
@@ -223,7 +223,7 @@ def test_operators_pass_opcheck():
 
 
 def test_compiles_to_one_graph_with_documents_and_checkpointing():
-    pattern = build("spattention+sharing", 2, 50)
+    pattern = build("sharing", 2, 50)
     xs, d_out = tensors(1, 50, 2, 2, 16), torch.randn(1, 50, 2, 16)
     cu = torch.tensor([0, 20, 50], dtype=torch.int32)
 
@@ -244,7 +244,7 @@ def test_selective_checkpointing_keeps_the_output_and_does_not_run_the_forward_a
 
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-    pattern = build("spattention", 2, 40)
+    pattern = build("exclusive", 2, 40)
     xs, d_out = tensors(1, 40, 2, 2, 16), torch.randn(1, 40, 2, 16)
     launches = []
     monkeypatch.setattr(ops, "query_plan", lambda *a, real=ops.query_plan: launches.append(1) or real(*a))
@@ -271,7 +271,7 @@ def test_fsdp_shards_a_layer_around_the_operators(tmp_path):
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
-    pattern = build("spattention+sharing", 2, 40)
+    pattern = build("sharing", 2, 40)
 
     class Layer(torch.nn.Module):
         def __init__(self):
@@ -304,7 +304,7 @@ def slots_of(made):
 
 
 @pytest.mark.parametrize("T", [1, 127, 128, 1000])
-@pytest.mark.parametrize("name", ["spattention", "spattention+sharing", "standard", "gbhalf", "fixed"])
+@pytest.mark.parametrize("name", ["exclusive", "sharing", "dense", "gbhalf", "fixed"])
 def test_a_plan_names_every_tile_with_a_pair_once_and_no_other(name, T):
     pattern, tile = build(name, 8, 1000), 64
     heads, mask = interval_table(pattern), pattern.dense_mask(T)
@@ -333,7 +333,7 @@ def finish(work, processors):
     return max(free)
 
 
-@pytest.mark.parametrize("name", ["spattention", "spattention+sharing", "standard", "sliding_window"])
+@pytest.mark.parametrize("name", ["exclusive", "sharing", "dense", "sliding_window"])
 def test_programs_start_in_an_order_about_as_good_as_longest_first(name):
     T, tile = 4096, 128
     pattern = build(name, 8, T)
@@ -349,18 +349,18 @@ def test_programs_start_in_an_order_about_as_good_as_longest_first(name):
                 ahead = T - t * tile if of_keys else (t + 1) * tile  # distances below it
                 work.append(int(sum(((lo <= d[:ahead]) & (d[:ahead] < hi)).sum() for lo, hi in heads[owner])))
         best = finish(sorted(work, reverse=True), 132)
-        assert finish(work, 132) <= best + (max(work) / plan.STRETCHES if name == "standard" else 0)
+        assert finish(work, 132) <= best + (max(work) / plan.STRETCHES if name == "dense" else 0)
 
 
 @pytest.mark.parametrize("T", [1, 3])
 @pytest.mark.parametrize(
     ("name", "H", "G", "D", "S", "start", "leftpad"),
     [
-        ("spattention", 4, 4, 32, 300, 299, None),
-        ("spattention+sharing", 4, 2, 80, 300, [20, 200], None),
-        ("spattention+sharing", 4, 2, 64, 300, [20, 200], [3, 190]),
+        ("exclusive", 4, 4, 32, 300, 299, None),
+        ("sharing", 4, 2, 80, 300, [20, 200], None),
+        ("sharing", 4, 2, 64, 300, [20, 200], [3, 190]),
         ("gbhalf", 4, 1, 96, 300, 250, [0, 251]),
-        ("standard", 1, 1, 32, 1500, [1490, 40], [0, 7]),
+        ("dense", 1, 1, 32, 1500, [1490, 40], [0, 7]),
         ("fixed", 3, 3, 32, 200, [0, 150], None),
     ],
 )
@@ -376,7 +376,7 @@ def test_decoding_agrees_with_attention_under_a_mask(name, H, G, D, S, start, le
 
 
 def test_decoding_splits_a_long_cache_and_never_reads_a_key_out_of_its_intervals():
-    pattern = build("spattention", 2, 4096)
+    pattern = build("exclusive", 2, 4096)
     q, k, v = torch.randn(1, 1, 2, 32), torch.randn(1, 4096, 2, 32), torch.randn(1, 4096, 2, 32)
     assert ops._splits(2, 2048, q.device) > 1
     expected = cached_attention(q, k, v, pattern, start=3000, impl="sdpa")
@@ -389,7 +389,7 @@ def test_decoding_splits_a_long_cache_and_never_reads_a_key_out_of_its_intervals
 
 
 def test_decoding_is_what_attention_gives_for_the_last_row():
-    pattern = build("spattention+sharing", 4, 128)
+    pattern = build("sharing", 4, 128)
     q, k, v = tensors(2, 100, 4, 2, 32, requires_grad=False)
     whole = reference.run(q, k, v, pattern, cu_doc_lens=None, scale=32**-0.5, head_offset=0)
     last = cached_attention(q[:, -1:], k, v, pattern, start=torch.tensor(99), impl="triton")
@@ -398,7 +398,7 @@ def test_decoding_is_what_attention_gives_for_the_last_row():
 
 def test_refuses_what_it_cannot_compute():
     q, k, v = tensors(1, 64, 4, 4, 32)
-    pattern = build("spattention", 4, 64)
+    pattern = build("exclusive", 4, 64)
     with pytest.raises(ValueError, match="'longformer' is not made of"):
         attention(q, k, v, build("longformer", 4, 64), impl="triton")
     with pytest.raises(ValueError, match="not torch"):

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from spattn_olmoe.patterns import VARIANTS
+
 from .tiny import BASE, TINY, T, run_overrides, torchrun, write_data, write_json
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
@@ -85,12 +87,6 @@ LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
 }
 """A product such as 2x2 is data-parallel ranks times the degrees of the rest, in the order of the names."""
 
-ATTENTION = {
-    "exclusive": ("attention.type=spattention", "attention.local_sharing=false"),
-    "sharing": ("attention.type=spattention", "attention.local_sharing=true"),
-    "standard": ("attention.type=standard",),
-}
-
 KEYS = ("loss", "gradient norm", "load-balancing loss")
 Curve = list[list[float]]
 
@@ -126,7 +122,7 @@ class Resumed:
     order they have their heads: they have that of the checkpoint.
     """
 
-    COMMON = (*ATTENTION["exclusive"], "attention.head_order=auto", "trainer.max_duration.value=8")
+    COMMON = (*VARIANTS["exclusive"].overrides, "attention.head_order=auto", "trainer.max_duration.value=8")
     ALL = "1 rank, then 2 (fsdp), 4 (hsdp+tp 2x2) and 1"
     BRANCHES = ("fsdp", "ddp", "hsdp+ep", "fsdp+tp", "fsdp+ulysses")
 

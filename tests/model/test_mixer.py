@@ -23,6 +23,7 @@ from olmo_core.nn.rope import RoPEConfig
 from spattn_olmoe import build_pattern
 from spattn_olmoe.kernels import cpu, flex
 from spattn_olmoe.model import PatternAttention, PatternAttentionConfig, mixer, with_attention
+from spattn_olmoe.patterns import available_variants, find_variant
 
 from .tiny import run_python, tiny
 
@@ -34,19 +35,10 @@ VARIANTS = {
     "bias and head norm": {"bias": True, "use_head_qk_norm": True},
     "gate, clip, wide heads": {"gate": GateConfig(), "clip_qkv": 0.5, "head_dim": 16},
 }
-PATTERNS = [
-    ("standard", {}),
-    ("spattention", {}),
-    ("spattention", {"local_sharing": True}),
-    ("sliding_window", {}),
-    ("eball", {}),
-    ("gbhalf", {}),
-    ("longformer", {}),
-    ("bigbird", {}),
-    ("reformer", {}),
-    ("eball", {"follows_input": True}),
-]
-each_pattern = pytest.mark.parametrize(("pattern", "options"), PATTERNS, ids=lambda x: str(x).strip("{}"))
+MASKS = [mask for mask in map(find_variant, available_variants()) if not mask.build(4, N).follows_content]
+PATTERNS = {mask.name: (mask.type, dict(mask.options)) for mask in MASKS}
+PATTERNS["bands of the input"] = ("eball", {"follows_input": True})
+each_pattern = pytest.mark.parametrize(("pattern", "options"), PATTERNS.values(), ids=PATTERNS)
 each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 
 
@@ -202,10 +194,10 @@ def test_block_masks_made_in_inference_serve_training():
     assert documents.kv_num_blocks.is_inference()  # it lives as long as the tensor of lengths, which is one too
 
 
-DISTANCE_PATTERNS = [p for p in PATTERNS if p[0] not in ("longformer", "bigbird") and "follows_input" not in p[1]]
+BY_DISTANCE = ("dense", "exclusive", "sharing", "sliding_window", "eball", "gbhalf", "reformer")
 
 
-@pytest.mark.parametrize(("pattern", "options"), DISTANCE_PATTERNS, ids=lambda x: str(x).strip("{}"))
+@pytest.mark.parametrize(("pattern", "options"), [PATTERNS[mask] for mask in BY_DISTANCE], ids=BY_DISTANCE)
 def test_documents_are_attended_as_if_each_were_alone(pattern, options):
     ours = build(config(pattern, options))
     x = inputs(B=2, T=N)

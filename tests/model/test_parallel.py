@@ -19,15 +19,16 @@ from olmo_core.train.train_module.transformer.pipeline.pipeline_schedule import 
 
 from benchmarks import parallel
 from spattn_olmoe.model.fingerprint import FILE_NAME, Fingerprint
+from spattn_olmoe.patterns import VARIANTS
 from spattn_olmoe.train.layout import check_layout
 from spattn_olmoe.train.run import with_order_of
 
-from .layouts import ATTENTION, LAYOUTS, REFUSED, Resumed, difference, ep, hsdp, recomputing, tp, train, ulysses
+from .layouts import LAYOUTS, REFUSED, Resumed, difference, ep, hsdp, recomputing, tp, train, ulysses
 from .tiny import T, tiny
 
 TESTED = {  # by the number of ranks and the attention
     (2, "sharing"): ("ddp", "hsdp+ep", "fsdp+tp", "ddp+ulysses", "hsdp+ep, recomputing modules"),
-    (2, "standard"): ("fsdp+tp", "fsdp+ulysses"),
+    (2, "dense"): ("fsdp+tp", "fsdp+ulysses"),
     (4, "sharing"): ("hsdp+ep 2x2", "hsdp+tp 2x2", "fsdp+ulysses+tp 1x2x2"),
 }
 FORGETTING = ("fsdp+tp", "fsdp+ulysses")
@@ -45,16 +46,17 @@ def curves(tmp_path_factory, resumed):
 
     def launch(n_ranks: int) -> dict:
         runs = {}
-        for kind, overrides in ATTENTION.items():
+        for kind in ("exclusive", "sharing", "dense"):
+            overrides = VARIANTS[kind].overrides
             names = ["fsdp"] if n_ranks == 1 else TESTED.get((n_ranks, kind), ())
             runs.update({f"{kind} {name}": {"overrides": [*overrides, *LAYOUTS[n_ranks][name]]} for name in names})
             for name in FORGETTING if n_ranks == 2 and kind == "sharing" else ():
                 forgetting = {"overrides": [*overrides, *LAYOUTS[2][name]], "forget": True}
                 runs[f"{kind} {name} forgetting"] = forgetting
         if n_ranks == 2:
-            runs["auto"] = {"overrides": [*ATTENTION["sharing"], *tp(2), AUTO]}
+            runs["auto"] = {"overrides": [*VARIANTS["sharing"].overrides, *tp(2), AUTO]}
         if n_ranks == 1:
-            runs["natural"] = {"overrides": [*ATTENTION["sharing"], AUTO]}
+            runs["natural"] = {"overrides": [*VARIANTS["sharing"].overrides, AUTO]}
         return train(tmp_path_factory.mktemp(f"ranks{n_ranks}"), n_ranks, {**runs, **resumed.runs(n_ranks)})
 
     found = {n_ranks: launch(n_ranks) for n_ranks in LAYOUTS}
@@ -81,7 +83,7 @@ def test_the_types_and_the_orders_differ_from_each_other(curves):
     ours = curves[1]
     for one, other in (
         ("exclusive fsdp", "sharing fsdp"),
-        ("standard fsdp", "sharing fsdp"),
+        ("dense fsdp", "sharing fsdp"),
         ("natural", "sharing fsdp"),
     ):
         assert max(difference(ours[one], ours[other])) > 1e-3
@@ -93,19 +95,19 @@ def test_the_types_and_the_orders_differ_from_each_other(curves):
 def test_heads_are_balanced_by_themselves_where_ranks_share_them(curves):
     assert max(difference(curves[1]["sharing fsdp"], curves[2]["auto"])) < 1e-5
     for layout, order in ((tp(2), [0, 3, 1, 2]), (ulysses(2), [0, 3, 1, 2]), (hsdp(2), "natural")):
-        model = tiny(*ATTENTION["exclusive"], *layout).model_with_attention()
+        model = tiny(*VARIANTS["exclusive"].overrides, *layout).model_with_attention()
         assert model.block.sequence_mixer.pattern["head_order"] == order
 
 
 @pytest.mark.parametrize("here", [(), tp(2)], ids=["one rank", "two ranks"])
 @pytest.mark.parametrize("there", [(), tp(2)], ids=["of one rank", "of two ranks"])
 def test_a_run_goes_on_with_the_order_of_its_checkpoint(tmp_path, there, here):
-    saved = Fingerprint.of(tiny(*ATTENTION["exclusive"], *there).model_with_attention())
+    saved = Fingerprint.of(tiny(*VARIANTS["exclusive"].overrides, *there).model_with_attention())
     (tmp_path / FILE_NAME).write_text(saved.to_json())
-    config = tiny(*ATTENTION["exclusive"], *here)
+    config = tiny(*VARIANTS["exclusive"].overrides, *here)
     assert Fingerprint.of(with_order_of(config, str(tmp_path)).model_with_attention()) == saved
     assert with_order_of(config, None) == config
-    stated = tiny(*ATTENTION["exclusive"], *here, "attention.head_order=[3,2,1,0]")
+    stated = tiny(*VARIANTS["exclusive"].overrides, *here, "attention.head_order=[3,2,1,0]")
     assert with_order_of(stated, str(tmp_path)) == stated
     other = tiny("attention.type=gbhalf", *here)
     assert with_order_of(other, str(tmp_path)).model_with_attention() == other.model_with_attention()

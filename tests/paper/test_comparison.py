@@ -11,6 +11,7 @@ from spattn_olmoe import build_pattern
 from spattn_olmoe.paper import appendix, held_out, report
 from spattn_olmoe.paper.comparison import Comparison
 from spattn_olmoe.paper.runs import SCALES, TABLES
+from spattn_olmoe.patterns import VARIANTS
 
 T, H = 32, 4
 
@@ -49,7 +50,7 @@ def made_up(variant: str, seed: int, shift: float, options: dict) -> dict:
 
 
 SHIFTS = {
-    "spattention": (0.0, {"name": "spattention", "local_sharing": True}),
+    "sharing": (0.0, {"name": "spattention", "local_sharing": True}),
     "sliding_window": (0.2, {"name": "sliding_window"}),
     "gbhalf": (-0.1, {"name": "gbhalf"}),
     "eball": (-0.1, {"name": "eball"}),
@@ -64,9 +65,9 @@ def comparison() -> Comparison:
     return found
 
 
-def test_differences_are_from_spattention(comparison):
+def test_differences_are_from_the_mask_of_the_papers_tables(comparison):
     found = comparison.differences()
-    assert "spattention" not in found
+    assert "sharing" not in found
     for variant, (d, p) in found.items():
         assert d.mean == pytest.approx(SHIFTS[variant][0])
         assert d.interval == pytest.approx((d.mean, d.mean), abs=1e-6) and p < 1e-6  # noise is shared, and so cancels
@@ -83,12 +84,12 @@ def test_what_is_not_paired_is_refused(comparison):
 
 
 def test_the_report_says_what_the_losses_say(comparison):
-    assert report.paper_order("table3") == ["spattention", "sliding_window", "gbhalf", "eball"]
+    assert report.paper_order("table3") == ["sharing", "sliding_window", "gbhalf", "eball"]
     text = report.markdown("table3", [comparison], SCALES["cpu"].says, {})
     assert SCALES["cpu"].says in text
     verdicts = dict(re.findall(r"^\| (\w+ before \w+) \|.*\| ([^|]+) \|$", text, re.MULTILINE))
     assert verdicts == {
-        "spattention before sliding_window": "as in the paper",
+        "sharing before sliding_window": "as in the paper",
         "sliding_window before gbhalf": "the other way round",
         "gbhalf before eball": "cannot be told",
     }
@@ -124,8 +125,8 @@ def test_masks_are_compared_pair_by_pair(name):
 def test_the_paper_s_sigma_comes_from_uniform_attention_at_256():
     found = {str(N): {name: appendix.uniform(name, N) for name in appendix.NAMES} for N in (128, 256)}
     assert appendix.matches({"uniform": found}) == [("256", "entropy_std")]
-    masks = {name: appendix.pattern_of(name, 256).dense_mask().sum(-1).double() for name in appendix.NAMES}
-    for name in ("standard", "spattention"):
+    masks = {name: VARIANTS[name].build(appendix.HEADS, 256).dense_mask().sum(-1).double() for name in appendix.NAMES}
+    for name in ("dense", "sharing"):
         entropies = masks[name].log().mean(1)
         assert found["256"][name]["entropy"] == pytest.approx(float(entropies.mean()))
         assert found["256"][name]["diversity"]["entropy_std"] == pytest.approx(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from spattn_olmoe import build_pattern
 from spattn_olmoe.paper import masks
-from spattn_olmoe.patterns import Pattern
+from spattn_olmoe.patterns import VARIANTS, Pattern
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,9 +28,9 @@ def shares_of(dense: np.ndarray, pixels: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("T", "pixels"), [(60, 60), (60, 13), (60, 1), (7, 30), (95, 32)])
-@pytest.mark.parametrize(("name", "options"), masks.OVERVIEW, ids=str)
-def test_a_pixel_is_the_share_of_allowed_pairs(name, options, T, pixels):
-    pattern = build_pattern(name, n_heads=4, band_length=60, **options)
+@pytest.mark.parametrize("mask", [mask for mask in VARIANTS if mask != "reformer_lsh"])
+def test_a_pixel_is_the_share_of_allowed_pairs(mask, T, pixels):
+    pattern = VARIANTS[mask].build(4, 60)
     dense = pattern.dense_mask(T).numpy()
     for head in (0, 2, 3):
         shares = masks.allowed_share(pattern, head, T, pixels)
@@ -108,8 +108,8 @@ def test_what_is_drawn_is_the_mask():
     np.testing.assert_allclose(image[side // 4, 0], masks._NOT_ALLOWED)
 
 
-def test_the_overview_has_nine_rows():
-    assert len(masks.overview(n_heads=4, band_length=32, heads=(0, 3)).axes) == 9 * 2
+def test_the_overview_has_a_row_for_every_named_mask():
+    assert len(masks.overview(n_heads=4, band_length=32, heads=(0, 3)).axes) == len(VARIANTS) * 2
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
@@ -131,6 +131,13 @@ def test_the_command_draws_a_type_with_its_options(tmp_path):
     assert np.array_equal(imread(tmp_path / "new/masks.png"), imread(tmp_path / "expected.png"))
 
 
+@pytest.mark.parametrize("words", ["--type sharing", "--type spattention local_sharing=true"])
+def test_a_mask_is_drawn_by_its_name_or_by_type_and_options(words, script, tmp_path):
+    script.main([*words.split(), "--heads", "2", "--band-length", "16", "--out", str(tmp_path / "x.png")])
+    masks.save(masks.draw(VARIANTS["sharing"].build(2, 16)), tmp_path / "expected.png")
+    assert np.array_equal(imread(tmp_path / "x.png"), imread(tmp_path / "expected.png"))
+
+
 @pytest.fixture(scope="module")
 def script():
     """The command's ``main``, in this process: a new one takes seconds to import PyTorch."""
@@ -146,6 +153,8 @@ def script():
     ("args", "message"),
     [
         ("--type spatention", "did you mean 'spattention'"),
+        ("--type sharng", "did you mean 'sharing'"),
+        ("--type sharing local_sharing=false", "attention.local_sharing=False is not 'sharing'"),
         ("--type eball local_sharing=true", "attention.local_sharing is not an option of type 'eball'"),
         ("--type eball --heads 9 --band-length 8", "n_heads=9 is more than the band length band_length=8"),
         ("--type eball --heads 0", "attention.n_heads=0: must be a whole number of at least 1"),

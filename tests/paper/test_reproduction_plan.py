@@ -12,8 +12,9 @@ import torch
 from spattn_olmoe.evaluation.suites import SUITES
 from spattn_olmoe.machine import ASSUMED_MFU, GPUS
 from spattn_olmoe.paper.measure import suite_command, train_command
-from spattn_olmoe.paper.runs import ROOT, SCALES, TABLES, VARIANTS, config_key, cost, plan_runs
+from spattn_olmoe.paper.runs import ROOT, SCALES, TABLES, config_key, cost, plan_runs
 from spattn_olmoe.paper.start import check_same_start, hash_weights
+from spattn_olmoe.patterns import VARIANTS
 from tests.model.tiny import tiny
 
 
@@ -67,7 +68,7 @@ def test_a_key_names_what_training_depends_on():
 
 
 def test_costs_are_tokens_times_flops():
-    (run,) = plan("table3", "gpu", variants=["standard"])
+    (run,) = plan("table3", "gpu", variants=["dense"])
     found = cost(run)
     assert found.tokens == 800 * 65536
     # 6 a multiplied parameter and 12 a head dimension for each attended pair, by hand from the config
@@ -82,7 +83,7 @@ def test_costs_are_tokens_times_flops():
 
 def test_all_types_start_from_the_same_weights():
     def weights(variant: str, seed: int) -> str:
-        config = tiny(*VARIANTS[variant], f"init_seed={seed}")
+        config = tiny(*VARIANTS[variant].overrides, f"init_seed={seed}")
         model = config.model_with_attention().build(init_device="meta")
         model.init_weights(max_seq_len=32, device=torch.device("cpu"))
         return hash_weights(model)
@@ -118,7 +119,8 @@ ONE = ("--seeds", "1", "--variants", "eball")
 BAD = {
     "no seeds": (["table3", "--seeds", "0"], "--seeds 0"),
     "no jobs": (["table3", "--jobs", "0"], "--jobs 0"),
-    "unknown variant": (["table3", "--variants", "eball,spatention"], "spatention"),
+    "unknown mask": (["table3", "--variants", "eball,sharng"], "'sharng' is not a mask; did you mean 'sharing'"),
+    "two masks": (["table3", "--variants", "spattention"], "name one of exclusive, sharing"),
     "unknown key": (["table3", *ONE, "--dry-run", "model.n_layer=2"], "n_layers"),
     "not in steps": (
         ["table3", *ONE, "--dry-run", "trainer.max_duration.unit=epochs", "trainer.max_duration.value=1"],

@@ -5,21 +5,21 @@ Written from the definitions and sharing no code with the package, so that a mis
 
 import functools
 
-MASKS = {
-    "standard": ("standard", {}),
-    "spattention": ("spattention", {}),
-    "spattention+sharing": ("spattention", {"local_sharing": True}),
-    "sliding_window": ("sliding_window", {}),
-    "eball": ("eball", {}),
-    "gbhalf": ("gbhalf", {}),
-    "longformer": ("longformer", {}),
-    "bigbird": ("bigbird", {}),
-    "bigbird+seeded": ("bigbird", {"random_links": "seeded", "seed": 7}),
-    "reformer": ("reformer", {}),
-}
-"""The eight types, ten masks: name in a test's id -> (type, options)."""
+from spattn_olmoe.patterns import Pattern, available_variants, find_variant
 
-WITH_INTERVALS = ("standard", "spattention", "spattention+sharing", "sliding_window", "eball", "gbhalf")
+OPTIONS = {"bigbird_seeded": {"seed": 7}}
+"""Options that the oracle has besides a mask's own."""
+
+
+def build(mask: str, n_heads: int, band_length: int, **options) -> Pattern:
+    """The pattern that the oracle's mask of that name is."""
+    return find_variant(mask).build(n_heads, band_length, **OPTIONS.get(mask, {}), **options)
+
+
+MASKS = [name for name in available_variants() if not find_variant(name).build(4, 32).follows_content]
+"""Every mask that is the same for all inputs, also that of a type which was added to the package and has no oracle."""
+
+WITH_INTERVALS = [name for name in MASKS if build(name, 4, 32).intervals is not None]
 
 
 def bands(H, N):
@@ -35,11 +35,11 @@ def bands(H, N):
     return dealt
 
 
-def _spattention(H, N, h, i, j):
+def _exclusive(H, N, h, i, j):
     return i - j in bands(H, N)[h]
 
 
-def _spattention_sharing(H, N, h, i, j):
+def _sharing(H, N, h, i, j):
     own = bands(H, N)[h]
     return i - j in own or i - j <= len(own)
 
@@ -110,21 +110,23 @@ def _reformer(H, N, h, i, j):
 
 
 _RULES = {
-    "standard": lambda H, N, h, i, j: True,
-    "spattention": _spattention,
-    "spattention+sharing": _spattention_sharing,
+    "dense": lambda H, N, h, i, j: True,
+    "exclusive": _exclusive,
+    "sharing": _sharing,
     "sliding_window": _sliding_window,
-    "eball": _spattention,
+    "eball": _exclusive,
     "gbhalf": _gbhalf,
     "longformer": _longformer,
     "bigbird": _bigbird,
-    "bigbird+seeded": _bigbird_seeded,
+    "bigbird_seeded": _bigbird_seeded,
     "reformer": _reformer,
 }
+DEFINED = tuple(_RULES)
+"""The masks that have a definition here."""
 
 
 def allowed(mask, H, N, h, i, j):
-    """Whether query i may attend key j in head h, for one of :data:`MASKS`."""
+    """Whether query i may attend key j in head h, for one of :data:`DEFINED`."""
     return j <= i and _RULES[mask](H, N, h, i, j)
 
 

@@ -4,10 +4,10 @@ import random
 
 import pytest
 import torch
-from mask_oracle import MASKS, WITH_INTERVALS, allowed, allowed_keys
+from mask_oracle import DEFINED, MASKS, WITH_INTERVALS, allowed, allowed_keys, build
 from torch.nn.attention.flex_attention import create_mask
 
-from spattn_olmoe.patterns import Pattern, build_pattern
+from spattn_olmoe.patterns import VARIANTS, Pattern
 
 #         H, N, T
 SHAPES = [
@@ -31,17 +31,16 @@ SHAPES = [
 ]
 
 
-def build(mask: str, H: int, N: int, **options) -> Pattern:
-    name, own = MASKS[mask]
-    return build_pattern(name, n_heads=H, band_length=N, **own, **options)
-
-
 def keys_of(dense: torch.Tensor) -> list[list[set[int]]]:
     return [[set(row.nonzero().flatten().tolist()) for row in head] for head in dense]
 
 
+def test_every_mask_of_the_package_has_a_definition_here():
+    assert {name for name in VARIANTS if name in MASKS} == set(DEFINED)
+
+
 @pytest.mark.parametrize(("H", "N", "T"), SHAPES)
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", DEFINED)
 def test_mask_counts_and_intervals_agree_with_the_definition(mask, H, N, T):
     pattern = build(mask, H, N)
     keys = allowed_keys(mask, H, N, T)
@@ -62,7 +61,7 @@ def test_mask_counts_and_intervals_agree_with_the_definition(mask, H, N, T):
 
 
 @pytest.mark.parametrize(("H", "N", "T"), [(8, 24, 24), (5, 32, 7), (5, 32, 3), (3, 16, 40), (4, 64, 4), (2, 9, 5)])
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", DEFINED)
 def test_band_length_input_makes_bands_of_the_input(mask, H, N, T):
     """T smaller than H is no error here: heads beyond T have nothing to attend."""
     pattern = build(mask, H, N, follows_input=True)
@@ -73,7 +72,7 @@ def test_band_length_input_makes_bands_of_the_input(mask, H, N, T):
 
 
 @pytest.mark.parametrize(("H", "N", "T"), [(8, 1024, 1024), (16, 4096, 4096), (12, 1000, 1500), (3, 300, 2000)])
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", DEFINED)
 def test_large_masks_agree_with_the_definition_on_random_pairs(mask, H, N, T):
     """Sizes at which windows, global tokens, strides and buckets have reached their limits."""
     rng = random.Random(f"{mask} {N}")
@@ -99,7 +98,7 @@ def test_closed_forms_count_what_the_mask_allows(mask, N, T):
 
 def test_pytorch_takes_the_mask_mod_as_it_is():
     """FlexAttention counts the arguments of a function to tell a mask from a score; a bound method has one more."""
-    pattern = build("spattention", 4, 30)
+    pattern = build("exclusive", 4, 30)
     assert torch.equal(create_mask(pattern.mask_mod, None, 4, 33, 33, device="cpu")[0], pattern.dense_mask(33))
 
 
@@ -117,7 +116,7 @@ def test_length_defaults_to_the_band_length(mask):
     assert pattern.dead_rows() == pattern.dead_rows(30)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", dict.fromkeys((*DEFINED, *WITH_INTERVALS)))
 def test_counting_a_long_input_builds_no_mask(mask, monkeypatch):
     def too_big(*args, **kwargs):
         raise AssertionError("a mask of 131072 x 131072 was asked for")
@@ -128,19 +127,19 @@ def test_counting_a_long_input_builds_no_mask(mask, monkeypatch):
     pairs = build(mask, 16, N).attended_pairs()
     one_dense_head = N * (N + 1) // 2
     assert 0 < pairs <= 16 * one_dense_head
-    if mask == "standard":
+    if mask == "dense":
         assert pairs == 16 * one_dense_head
-    if mask in ("spattention", "eball"):  # Eq. 7: all heads together do the work of one dense head
+    if mask in ("exclusive", "eball"):  # Eq. 7: all heads together do the work of one dense head
         assert pairs == one_dense_head
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", DEFINED)
 def test_dead_rows_of_a_long_input_build_no_mask(mask, monkeypatch):
     monkeypatch.setattr(Pattern, "dense_mask", lambda *args, **kwargs: pytest.fail("a dense mask was asked for"))
     monkeypatch.setattr(Pattern, "mask_rows", lambda *args, **kwargs: pytest.fail("mask rows were asked for"))
     N, H = 131072, 16
     starts_of_bands = sum(h * (N // H) for h in range(H))
-    expected = starts_of_bands if mask in ("spattention", "eball", "gbhalf") else 0
+    expected = starts_of_bands if mask in ("exclusive", "eball", "gbhalf") else 0
     assert build(mask, H, N).dead_rows() == expected
 
 

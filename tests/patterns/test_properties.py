@@ -3,9 +3,9 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mask_oracle import MASKS, WITH_INTERVALS
+from mask_oracle import MASKS, WITH_INTERVALS, build
 
-from spattn_olmoe.patterns import UNBOUNDED, build_pattern
+from spattn_olmoe.patterns import UNBOUNDED
 
 on_many_shapes = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -15,11 +15,6 @@ def heads_and_lengths(draw):
     H = draw(st.integers(1, 13))
     N = draw(st.integers(H, 90))
     return H, N, draw(st.integers(1, 120))
-
-
-def build(mask, H, N):
-    name, options = MASKS[mask]
-    return build_pattern(name, n_heads=H, band_length=N, **options)
 
 
 def contains(big, small):
@@ -32,7 +27,7 @@ def test_completeness(shape):
     """Eq. 5: the heads together attend every causal pair."""
     H, N, _ = shape
     causal = torch.ones(N, N, dtype=torch.bool).tril()
-    for mask in ("spattention", "spattention+sharing", "eball"):
+    for mask in ("exclusive", "sharing", "eball"):
         assert torch.equal(build(mask, H, N).dense_mask().any(0), causal)
 
 
@@ -50,7 +45,7 @@ def test_completeness_ends_at_the_band_length(shape):
 def test_exclusivity(shape):
     """Eq. 8: no key of a query belongs to two heads."""
     H, N, T = shape
-    for mask in ("spattention", "eball", "gbhalf"):
+    for mask in ("exclusive", "eball", "gbhalf"):
         assert build(mask, H, N).dense_mask(T).sum(0).max() <= 1
 
 
@@ -67,9 +62,9 @@ def test_balance(shape):
 
 @on_many_shapes
 @given(heads_and_lengths())
-def test_ablations_are_parts_of_spattention_with_sharing(shape):
+def test_ablations_are_parts_of_bands_with_sharing(shape):
     H, N, T = shape
-    whole = build("spattention+sharing", H, N).dense_mask(T)
+    whole = build("sharing", H, N).dense_mask(T)
     bands, halves, window = (build(mask, H, N).dense_mask(T) for mask in ("eball", "gbhalf", "sliding_window"))
     assert contains(whole, bands)
     assert contains(bands, halves)
@@ -79,9 +74,9 @@ def test_ablations_are_parts_of_spattention_with_sharing(shape):
 
 @on_many_shapes
 @given(heads_and_lengths())
-def test_spattention_without_sharing_is_eball(shape):
+def test_exclusive_bands_are_eball(shape):
     H, N, T = shape
-    bands, eball = build("spattention", H, N), build("eball", H, N)
+    bands, eball = build("exclusive", H, N), build("eball", H, N)
     assert torch.equal(bands.dense_mask(T), eball.dense_mask(T))
     assert torch.equal(bands.intervals, eball.intervals)
     assert bands != eball

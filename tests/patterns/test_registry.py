@@ -10,12 +10,21 @@ from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
 import torch
-from mask_oracle import MASKS
+from mask_oracle import MASKS, build
 
 from spattn_olmoe import available_patterns, build_pattern
-from spattn_olmoe.patterns import MAX_INTERVALS, Pattern, pattern_class, pattern_options, register_pattern, registry
+from spattn_olmoe.patterns import (
+    MAX_INTERVALS,
+    VARIANTS,
+    Pattern,
+    find_variant,
+    pattern_class,
+    pattern_options,
+    register_pattern,
+    registry,
+)
 
-TYPES = sorted({name for name, _ in MASKS.values()})
+TYPES = sorted({variant.type for variant in VARIANTS.values()})
 
 EXTERNAL = textwrap.dedent(
     """
@@ -51,7 +60,7 @@ def external_module(tmp_path, monkeypatch, registry_copy):
 
 
 def build_all(**options):
-    return [build_pattern(name, n_heads=4, band_length=18, **own, **options) for name, own in MASKS.values()]
+    return [build(mask, 4, 18, **options) for mask in MASKS]
 
 
 # ---- values ------------------------------------------------------------------------------------------------------
@@ -75,8 +84,7 @@ def test_options_heads_and_length_tell_patterns_apart():
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_copies_are_equal_and_patterns_are_frozen(mask):
-    name, options = MASKS[mask]
-    pattern = build_pattern(name, n_heads=4, band_length=18, **options)
+    pattern = build(mask, 4, 18)
     assert pickle.loads(pickle.dumps(pattern)) == pattern
     assert copy.deepcopy(pattern) == pattern
     with pytest.raises(FrozenInstanceError):
@@ -85,10 +93,9 @@ def test_copies_are_equal_and_patterns_are_frozen(mask):
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_pattern_is_rebuilt_from_its_config(mask):
-    name, options = MASKS[mask]
-    pattern = build_pattern(name, n_heads=4, band_length=18, follows_input=True, **options)
+    pattern = build(mask, 4, 18, follows_input=True)
     config = pattern.to_config()
-    assert config["name"] == name == pattern.name
+    assert config["name"] == find_variant(mask).type == pattern.full_name()
     assert build_pattern(**config) == pattern
 
 
@@ -150,10 +157,9 @@ def test_option_of_another_type_is_unknown():
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_more_heads_than_tokens_is_an_error(mask):
-    name, options = MASKS[mask]
-    build_pattern(name, n_heads=8, band_length=8, **options)
+    build(mask, 8, 8)
     with pytest.raises(ValueError, match="n_heads=9 is more than the band length band_length=8"):
-        build_pattern(name, n_heads=9, band_length=8, **options)
+        build(mask, 9, 8)
 
 
 @pytest.mark.parametrize("bad", [0, -1, 2.0, "8", True, None])

@@ -26,7 +26,9 @@ def test_options_beyond_a_name_are_printed():
     assert mask_name(shared.name, shared.options) == "sharing follows_input=true head_order=(3, 2, 1, 0)"
     lsh = VARIANTS["reformer_lsh"].build(4, 32, n_hashes=2)
     assert mask_name(lsh.name, lsh.options) == "reformer_lsh n_hashes=2"
-    assert mask_name("elsewhere.windows", {"width": 3}) == "windows width=3"  # a result of a type that is not here
+    assert (
+        mask_name("elsewhere.windows", {"width": 3, "follows_input": False}) == "windows width=3"
+    )  # a result of a type that is not here
 
 
 def test_command_lines_say_all_that_a_mask_is():
