@@ -1,28 +1,34 @@
 """Attention on a CPU: every chunk of queries meets only the keys that its head's distances reach.
 
-Heads with the same intervals go together. Their queries are cut into chunks, and one call of PyTorch's SDPA attends
-each chunk to its window of keys, which is a strided view: chunk ``c`` of a head with interval ``[lo, hi)`` needs the
-keys ``c * CHUNK - hi + 1`` to ``(c + 1) * CHUNK - lo``, equally many for every chunk. Patterns that are no distance
-intervals use SDPA under a dense mask, a byte for each head, query and key, and for each row of the batch where the mask
-follows the content.
+Distance intervals become windows of equal size (see :mod:`.strips`), which go through batched matrix products and a
+softmax, as many at a time as stay in a core's cache. Two intervals of a head are merged by their log-sum-exp. Patterns that
+are no distance intervals use SDPA under a dense mask, a byte for each head, query and key, and for each row of the batch
+where the mask follows the content.
 """
 
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..patterns import Pattern, interval_table
-from ..patterns.base import Interval
 from .documents import document_spans
 from .reference import nothing, visible
+from .strips import Block, Span, Stack, Strips, stacks
 
-CHUNK = 64
-"""Queries that share one window of keys: of 32, 64 and 128 the fastest at N = 256 to 2048."""
+BLOCK = 2**17
+"""Scores that one thread computes at a time: with their gradients they fit the second-level cache of one core."""
+
+STACKED = 2**20
+"""Numbers of one tensor that are stacked at a time, if a row of some heads has no more."""
+
+KEPT = 2**24
+"""Scores up to which the forward pass keeps its probabilities (64 MiB in float32): beyond, the backward makes them anew."""
 
 
 def run(
@@ -35,105 +41,206 @@ def run(
     scale: float,
     head_offset: int,
 ) -> Tensor:
-    """Attention and gradients through SDPA on windows. Memory O(T * band), not O(T^2), for interval patterns."""
-    B, T, H, _ = q_BTHD.shape
+    """Attention and gradients, in float32 at least. Memory O(T * band), not O(T^2), for interval patterns."""
+    B, T, H, D = q_BTHD.shape
     table = interval_table(pattern)
     if table is None:
         mask = visible(pattern, q_BTHD, k_BTGD, cu_doc_lens, head_offset)
         return _sdpa(q_BTHD, k_BTGD, v_BTGD, scale, attn_mask=mask)
-
     heads = table[head_offset : head_offset + H]
-    if cu_doc_lens is None:
-        return _intervals(q_BTHD, k_BTGD, v_BTGD, heads, scale)
     # A mask of distances within documents is that mask on each document by itself.
-    rows: list[list[Tensor]] = [[] for _ in range(B)]
-    for row, start, stop in document_spans(cu_doc_lens, B, T):
-        q, k, v = (x[row : row + 1, start:stop] for x in (q_BTHD, k_BTGD, v_BTGD))
-        rows[row].append(_intervals(q, k, v, heads, scale))
-    return torch.cat([torch.cat(parts, dim=1) for parts in rows])
+    spans: tuple[Span, ...] = ((0, B, 0, T),)
+    if cu_doc_lens is not None:
+        spans = tuple((row, row + 1, start, stop) for row, start, stop in document_spans(cu_doc_lens, B, T))
+    if all(lo == 0 and hi >= T for (lo, hi), _ in heads):
+        return _dense(q_BTHD, k_BTGD, v_BTGD, spans, scale)
+    exact = torch.promote_types(q_BTHD.dtype, torch.float32)
+    plan = stacks(heads, spans, exact, block=BLOCK * torch.get_num_threads(), tokens=STACKED // D)
+    if not plan:
+        return nothing(q_BTHD, k_BTGD, v_BTGD)
+    group = H // k_BTGD.shape[2]
+    k, v = (x.repeat_interleave(group, dim=2) if group > 1 else x for x in (k_BTGD, v_BTGD))
+    return _windows(q_BTHD, k, v, plan, scale, exact)
 
 
-def _sdpa(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, scale: float, **kwargs) -> Tensor:
+def _sdpa(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, scale: float, **kwargs: Any) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=gqa, **kwargs).transpose(1, 2)
 
 
-def _intervals(
-    q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, heads: tuple[tuple[Interval, Interval], ...], scale: float
+def _dense(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, spans: tuple[Span, ...], scale: float) -> Tensor:
+    """Causal attention within spans that follow each other row by row."""
+    if len(spans) == 1:
+        return _sdpa(q_BTHD, k_BTGD, v_BTGD, scale, is_causal=True)
+    rows: list[list[Tensor]] = [[] for _ in q_BTHD]
+    for first, last, start, stop in spans:
+        q, k, v = (x[first:last, start:stop] for x in (q_BTHD, k_BTGD, v_BTGD))
+        rows[first].append(_sdpa(q, k, v, scale, is_causal=True))
+    return torch.cat([torch.cat(parts, dim=1) for parts in rows])
+
+
+@torch.compiler.disable  # a loop over blocks of a size that the cache sets: nothing that a compiler would do better
+def _windows(q: Tensor, k: Tensor, v: Tensor, plan: tuple[Stack, ...], scale: float, exact: torch.dtype) -> Tensor:
+    return _Windows.apply(q, k, v, plan, scale, exact)
+
+
+Part = tuple[Strips, Tensor, Tensor]
+"""Strips, their output and their log-sum-exp, ``(rows, tokens, heads, D)`` and ``(rows, tokens, heads, 1)``."""
+
+
+class _Windows(torch.autograd.Function):
+    """Attention of ``(B, T, H, D)`` tensors over all stacks of a plan."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: tuple[Stack, ...], scale: float, exact: torch.dtype
+    ) -> Tensor:
+        keep = any(ctx.needs_input_grad) and sum(stack.scores for stack in plan) <= KEPT
+        merging = any(strips.second for stack in plan for strips in stack.strips)
+        kept: list[tuple[_Stacked, list[Tensor]] | None] = []
+        parts: list[Part] = []
+        for stack in plan:
+            stacked = _Stacked.of(stack, q, k, v, scale, exact)
+            out, lse, probabilities = _forward(stacked, merging)
+            kept.append((stacked, probabilities) if keep else None)
+            parts += zip(stack.strips, _unstacked(stack, out), _unstacked(stack, lse), strict=True)
+        out, second = _merged(parts, q, exact)
+        ctx.save_for_backward(q, k, v, out, second if merging else None)
+        ctx.plan, ctx.scale, ctx.exact, ctx.kept = plan, scale, exact, kept
+        return out.to(q.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, second = ctx.saved_tensors
+        d_out = d_out.to(ctx.exact)
+        delta = (d_out * out).sum(-1, keepdim=True)
+        dq, dk, dv = (torch.zeros(x.shape, dtype=ctx.exact) for x in (q, k, v))
+        for stack, kept in zip(ctx.plan, ctx.kept, strict=True):
+            stacked, probabilities = kept or (_Stacked.of(stack, q, k, v, ctx.scale, ctx.exact), None)
+            shares = None if second is None else _shares(stack, second)
+            d_outs, deltas = (_stacked(stack, _queries(stack, x), ctx.exact, shares) for x in (d_out, delta))
+            grads = _backward(stacked, d_outs, deltas, probabilities)
+            for strips, *parts in zip(stack.strips, *(_unstacked(stack, grad) for grad in grads), strict=True):
+                dq[strips.rows, strips.queries, strips.heads].add_(parts[0], alpha=ctx.scale)
+                dk[strips.rows, strips.keys, strips.heads].add_(parts[1])
+                dv[strips.rows, strips.keys, strips.heads].add_(parts[2])
+        return *(grad.to(x.dtype) for grad, x in ((dq, q), (dk, k), (dv, v))), None, None, None
+
+
+# ---- strips ----------------------------------------------------------------------------------------------------------
+
+
+class _Stacked(NamedTuple):
+    """A stack's queries, scaled, its keys and its values, ``(strips, chunks * C, D)`` each."""
+
+    stack: Stack
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    @classmethod
+    def of(cls, stack: Stack, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype) -> _Stacked:
+        qs = _stacked(stack, _queries(stack, q), dtype, [scale] * len(stack.strips))
+        return cls(stack, qs, *(_stacked(stack, _keys(stack, x), dtype) for x in (k, v)))
+
+
+def _queries(stack: Stack, x_BTHD: Tensor) -> list[Tensor]:
+    return [x_BTHD[strips.rows, strips.queries, strips.heads] for strips in stack.strips]
+
+
+def _keys(stack: Stack, x_BTHD: Tensor) -> list[Tensor]:
+    return [x_BTHD[strips.rows, strips.keys, strips.heads] for strips in stack.strips]
+
+
+def _shares(stack: Stack, second: Tensor) -> list[Tensor]:
+    """The share of each part in the outputs of its queries."""
+    shares = zip(stack.strips, _queries(stack, second), strict=True)
+    return [share if strips.second else 1 - share for strips, share in shares]
+
+
+def _stacked(
+    stack: Stack, parts: list[Tensor], dtype: torch.dtype, factors: list[Tensor] | list[float] | None = None
 ) -> Tensor:
-    T, H = q_BTHD.shape[1:3]
-    group = H // k_BTGD.shape[2]
-    alike: dict[tuple[Interval, ...], list[int]] = defaultdict(list)
-    for h, pair in enumerate(heads):
-        alike[tuple((lo, min(hi, T)) for lo, hi in pair if lo < min(hi, T))].append(h)
-
-    out: list[Tensor | None] = [None] * H
-    for intervals, members in alike.items():
-        if len(members) == H:
-            q, k, v = q_BTHD, k_BTGD.repeat_interleave(group, dim=2), v_BTGD.repeat_interleave(group, dim=2)
+    """Parts ``(rows, tokens, heads, D)``, times a factor each, as ``(strips, chunks * C, D)``; zeros behind each."""
+    x = torch.empty(stack.size, stack.chunks * stack.chunk, parts[0].shape[3], dtype=dtype)
+    for i, (view, part) in enumerate(zip(_views(stack, x), parts, strict=True)):
+        length = part.shape[1]
+        if factors is None:
+            view[:, :length] = part
         else:
-            shared = [h // group for h in members]
-            q, k, v = q_BTHD[:, :, members], k_BTGD[:, :, shared], v_BTGD[:, :, shared]
-        if not intervals:
-            attended = nothing(q, k, v)
-        elif intervals == ((0, T),):
-            attended = _sdpa(q, k, v, scale, is_causal=True)
+            torch.mul(part.to(dtype), factors[i], out=view[:, :length])
+        view[:, length : -(-length // stack.chunk) * stack.chunk] = 0
+    return x
+
+
+def _unstacked(stack: Stack, x: Tensor) -> list[Tensor]:
+    """The parts of a stack, ``(rows, tokens, heads, D)`` each: views."""
+    return [view[:, : strips.length] for view, strips in zip(_views(stack, x), stack.strips, strict=True)]
+
+
+def _views(stack: Stack, x: Tensor) -> list[Tensor]:
+    pieces = x.split([strips.size for strips in stack.strips])
+    rows = [strips.rows.stop - strips.rows.start for strips in stack.strips]
+    return [piece.unflatten(0, (n, -1)).transpose(1, 2) for piece, n in zip(pieces, rows, strict=True)]
+
+
+def _merged(parts: list[Part], q_BTHD: Tensor, exact: torch.dtype) -> tuple[Tensor, Tensor]:
+    """All parts as one output, and the share of the second interval in every query's, ``(B, T, H, 1)``."""
+    out = torch.zeros(q_BTHD.shape, dtype=exact)
+    second = torch.zeros(*q_BTHD.shape[:3], 1, dtype=exact)
+    lse = torch.full_like(second, float("-inf"))
+    for strips, part, part_lse in sorted(parts, key=lambda part: part[0].second):
+        at = strips.rows, strips.queries, strips.heads
+        if strips.second:
+            second[at] = torch.sigmoid(part_lse - lse[at])
+            out[at].lerp_(part, second[at])
         else:
-            attended = _windows(q, k, v, intervals, scale)
-        if len(members) == H:
-            return attended
-        for h, head in zip(members, attended.unbind(2), strict=True):
-            out[h] = head
-    return torch.stack([head for head in out if head is not None], dim=2)
+            out[at], lse[at] = part, part_lse
+    return out, second
 
 
-def _windows(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, intervals: tuple[Interval, ...], scale: float) -> Tensor:
-    """Attention of heads that share one list of intervals (not empty, clipped to T)."""
-    B, T, H, D = q_BTHD.shape
-    n_chunks = -(-T // CHUNK)
-    padding = n_chunks * CHUNK - T
-    reach = max(hi for _, hi in intervals)
-    first = intervals[0][0] // CHUNK  # no query of an earlier chunk has a key
-    full = max(first, min(n_chunks, -(-(reach - 1) // CHUNK)))  # from this chunk on no window starts before position 0
-
-    q = F.pad(q_BTHD.transpose(1, 2), (0, 0, 0, padding)).unflatten(2, (n_chunks, CHUNK))
-    k, v = (F.pad(x.transpose(1, 2), (0, 0, reach - 1, padding)) for x in (k_BTHD, v_BTHD))
-
-    def windows(x: Tensor, start: int, stop: int) -> Tensor:
-        """Keys or values of chunks ``start..stop``, ``(B, H, stop - start, keys, D)``; ``reach - 1`` pads precede x."""
-        parts = []
-        for lo, hi in intervals:
-            length = hi - lo + CHUNK - 1
-            begin = start * CHUNK + reach - hi
-            part = x[:, :, begin : begin + (stop - start - 1) * CHUNK + length]
-            parts.append(part.unfold(2, length, CHUNK).transpose(3, 4))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
-
-    pieces = [q.new_zeros(B, H, first * CHUNK, D)] if first else []
-    for start, stop in ((first, full), (full, n_chunks)):
-        if start < stop:
-            mask = _window_mask(intervals, start, stop if stop == full else start + 1, q.dtype)
-            chunks = q[:, :, start:stop], windows(k, start, stop), windows(v, start, stop)
-            qs, ks, vs = (x.flatten(0, 1) for x in chunks)
-            piece = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, scale=scale)
-            pieces.append(piece.view(B, H, -1, D))
-    return torch.cat(pieces, dim=2)[:, :, :T].transpose(1, 2)
+# ---- blocks ----------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=256)
-@torch.inference_mode(False)  # made while generating, kept, and then wanted by a backward pass
-def _window_mask(intervals: tuple[Interval, ...], start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask of chunks ``start..stop`` against their windows, ``(1, stop - start, CHUNK, keys)``.
+def _forward(stacked: _Stacked, merging: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Outputs, log-sum-exps if parts are to be merged, ``(strips, chunks * C, 1)``, and each block's probabilities."""
+    stack, q, k, v = stacked
+    out, lse = torch.empty_like(q), q.new_zeros(*q.shape[:2], 1)
+    probabilities = []
+    for block in stack.blocks:
+        scores = _scores(stack, block, q, k)
+        p = torch.softmax(scores, -1)
+        _chunks(stack, block, out).copy_(torch.bmm(p, _chunks(stack, block, v, block.before)))
+        if merging:
+            torch.sub(scores.amax(-1, True), p.amax(-1, True).log_(), out=_chunks(stack, block, lse))
+        probabilities.append(p)
+    return out, lse, probabilities
 
-    Four dimensions, or SDPA would not take its flash kernel.
-    """
-    chunk = torch.arange(start, stop)[:, None, None] * CHUNK
-    i = chunk + torch.arange(CHUNK)[:, None]
-    parts = []
-    for lo, hi in intervals:
-        j = chunk - hi + 1 + torch.arange(hi - lo + CHUNK - 1)
-        d = i - j
-        parts.append((lo <= d) & (d < hi) & (j >= 0))
-    allowed = torch.cat(parts, dim=-1)
-    return torch.zeros(1, *allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf"))
+
+def _backward(
+    stacked: _Stacked, d_out: Tensor, delta: Tensor, probabilities: list[Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the scaled queries, the keys and the values."""
+    stack, q, k, v = stacked
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for i, block in enumerate(stack.blocks):
+        cut = functools.partial(_chunks, stack, block)
+        p = torch.softmax(_scores(stack, block, q, k), -1) if probabilities is None else probabilities[i]
+        ds = torch.bmm(cut(d_out), cut(v, block.before).transpose(1, 2)).sub_(cut(delta)).mul_(p)
+        cut(dq).copy_(torch.bmm(ds, cut(k, block.before)))
+        cut(dk, block.before).add_(torch.bmm(ds.transpose(1, 2), cut(q)))
+        cut(dv, block.before).add_(torch.bmm(p.transpose(1, 2), cut(d_out)))
+    return dq, dk, dv
+
+
+def _scores(stack: Stack, block: Block, q: Tensor, k: Tensor) -> Tensor:
+    mask = stack.mask[..., -(block.before + 1) * stack.chunk :]
+    return torch.baddbmm(mask, _chunks(stack, block, q), _chunks(stack, block, k, block.before).transpose(1, 2))
+
+
+def _chunks(stack: Stack, block: Block, x: Tensor, before: int = 0) -> Tensor:
+    """A block's chunk of ``(strips, chunks * C, D)`` and some chunks before it: a view."""
+    C = stack.chunk
+    return x[block.first : block.last, (block.chunk - before) * C : (block.chunk + 1) * C]
