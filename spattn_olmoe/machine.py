@@ -24,33 +24,27 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class GPU:
-    """What data sheets state of one GPU of a node of eight.
+    """What data sheets state of one GPU.
 
     :param name: as it is printed.
     :param memory: bytes.
     :param flops: dense bfloat16 operations a second.
-    :param hbm: bytes of memory a second.
-    :param nvlink: bytes a second to the other GPUs of its node, one direction.
-    :param network: bytes a second to other nodes, one direction: one network adapter a GPU.
     :param source: where the figures stand.
     """
 
     name: str
     memory: float
     flops: float
-    hbm: float
-    nvlink: float
-    network: float
     source: str
 
 
 GPUS = {
     gpu.name.lower(): gpu
     for gpu in (
-        GPU("H100", 80e9, 989e12, 3.35e12, 450e9, 50e9, "NVIDIA H100 SXM data sheet; DGX H100: 8 x 400 Gb/s"),
-        GPU("H200", 141e9, 989e12, 4.8e12, 450e9, 50e9, "NVIDIA H200 SXM data sheet; DGX H200: 8 x 400 Gb/s"),
-        GPU("A100", 80e9, 312e12, 2.04e12, 300e9, 25e9, "NVIDIA A100 80GB SXM data sheet; DGX A100: 8 x 200 Gb/s"),
-        GPU("B200", 180e9, 2250e12, 8.0e12, 900e9, 50e9, "NVIDIA DGX B200 data sheet, an eighth; 8 x 400 Gb/s"),
+        GPU("H100", 80e9, 989e12, "NVIDIA H100 SXM data sheet"),
+        GPU("H200", 141e9, 989e12, "NVIDIA H200 SXM data sheet"),
+        GPU("A100", 80e9, 312e12, "NVIDIA A100 80GB SXM data sheet"),
+        GPU("B200", 180e9, 2250e12, "NVIDIA DGX B200 data sheet, an eighth"),
     )
 }
 """The GPUs that estimates are made for, by the name that command lines take."""

@@ -2,7 +2,7 @@
 
 Three moments can be the fullest: the loss, with the logits; the backward pass of the last block, with every other block's
 activations still there; the optimiser's step. The peak is the fullest of them. What is counted, and how far it is from
-real allocations, stands in docs/planning.md.
+real allocations, stands in docs/cluster.md.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ from olmo_core.nn.transformer import Transformer, TransformerBlockConfig, Transf
 from ..model.mixer import PatternAttentionConfig
 from ..train.config import ExperimentConfig
 from ..train.layout import RECOMPUTABLE, Layout
-from .machines import assumed
 
 BYTES = {DType.float32: 4, DType.bfloat16: 2, DType.float16: 2}
+
+USABLE = 0.90
+"""Share of a GPU's memory that tensors may fill: the rest is for CUDA's context, NCCL's buffers, fragmentation. An assumption."""
+
+IMBALANCE = 1.25
+"""Rows of the busiest rank, of an even share, where ranks share experts. An assumption."""
 
 EXPERTS = ".experts."
 _CUT_BY_TENSOR_PARALLELISM = (EXPERTS, "embeddings.", "lm_head.w_out", ".w_q.", ".w_k.", ".w_v.", ".attention.w_out.")
@@ -211,7 +216,7 @@ def kept_per_token(shape: Shape, layout: Layout) -> dict[str, float]:
     def norm(width: int) -> float:
         return 8 * width + 4
 
-    rows = k * (assumed("imbalance") if layout.expert * layout.tensor > 1 else 1.0)
+    rows = k * (IMBALANCE if layout.expert * layout.tensor > 1 else 1.0)
     # The input of projections is whole on every rank of tensor parallelism.
     norms_of_qk = norm(shape.query) + norm(shape.key) if shape.qk_norm else 0
     per_layer = {
@@ -233,7 +238,9 @@ def kept_per_token(shape: Shape, layout: Layout) -> dict[str, float]:
     total = {f"activations: {_WORDS[part]}": 0.0 for part in per_layer}
     for part, size in per_layer.items():
         total[f"activations: {_WORDS[part]}"] += shape.layers * size
-    total["activations: ends"] = 8 + norm(d) + c * d * layout.tensor  # ids, the final norm, the head's input
+    total["activations: embedding and head"] = (
+        8 + norm(d) + c * d * layout.tensor
+    )  # ids, the final norm, the head's input
     return total
 
 
@@ -256,7 +263,7 @@ def _casts(shape: Shape) -> float:
 def _block_workspace(shape: Shape, layout: Layout) -> float:
     """Bytes a token that the backward pass of one block has in passing: gradients of its experts' rows."""
     c, d, h = shape.compute, shape.d_model, shape.hidden
-    rows = shape.top_k * (assumed("imbalance") if layout.expert * layout.tensor > 1 else 1.0)
+    rows = shape.top_k * (IMBALANCE if layout.expert * layout.tensor > 1 else 1.0)
     gradients = c * rows * (2 * d + 3 * h) + 8 * d
     again = layout.recomputed & {"feed_forward_moe.experts"}
     return gradients + (c * rows * (2 * d + 4 * h) if again else 0)

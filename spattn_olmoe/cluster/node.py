@@ -30,8 +30,7 @@ from ..train.config import ExperimentConfig
 from ..train.layout import Layout
 from ..train.shards import check_data, data_files
 from ..train.wandb import WandB
-from .machines import assumed
-from .memory import checkpoint_bytes, memory
+from .memory import USABLE, checkpoint_bytes, memory
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 
@@ -129,7 +128,7 @@ def gpus(config: ExperimentConfig, ranks: int) -> Iterator[Row]:
     except ValueError as error:
         yield Row("GPU memory", WARN, f"not estimated: {error}", "watch the first steps")
         return
-    there = torch.cuda.get_device_properties(0).total_memory * assumed("memory")
+    there = torch.cuda.get_device_properties(0).total_memory * USABLE
     fits = needed <= there
     yield Row(
         "GPU memory",

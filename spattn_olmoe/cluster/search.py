@@ -9,16 +9,14 @@ from dataclasses import dataclass, replace
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.train.common import DurationUnit
 
-from ..machine import GPU, GPUS
+from ..machine import GPU, GPUS, gpu_hours
 from ..model.flops import Flops, flops_per_token
 from ..train.config import ExperimentConfig
 from ..train.layout import RECOMPUTABLE, Layout, check_layout
-from .machines import assumed
-from .memory import Memory, Shape, checkpoint_bytes, memory
-from .speed import Speed, Work, speed
+from .memory import USABLE, Memory, Shape, checkpoint_bytes, memory
 
-SIMPLER_WITHIN = 0.03
-"""A simpler layout is preferred where it is so much slower at most: the estimate is not that exact."""
+GPUS_PER_NODE = 8
+"""GPUs that NVLink connects, as in NVIDIA's HGX and DGX machines."""
 
 DEGREES = (1, 2, 4, 8)
 """Degrees of tensor, context and expert parallelism that are tried: those that stay within a node."""
@@ -26,11 +24,21 @@ DEGREES = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with its estimates."""
+    """A layout with the memory that it takes of a GPU."""
 
     layout: Layout
     memory: Memory
-    speed: Speed
+
+    @property
+    def preference(self) -> tuple[float, ...]:
+        """The smallest is taken.
+
+        Few parallelisms first: each is one more thing to understand when a run fails. Among equals, small degrees, since
+        ranks that share a layer wait for each other in every layer; Ulysses before tensor parallelism, which exchanges
+        twice as often and leaves each rank narrower products; then long microbatches, which FSDP gathers weights for once.
+        """
+        it = self.layout
+        return (it.parallelisms, it.tensor * it.context * it.expert, it.tensor, it.expert, -it.microbatch, it.shards)
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Plan:
     """What a config needs on a cluster.
 
     :param config: the config with the chosen layout in it; ``overrides`` make it of the original.
-    :param fitting: every layout that trains and fits, best first.
+    :param fitting: every layout that trains and fits, in order of preference.
     :param refused: how many layouts were refused, by why.
     :param checkpoint: bytes of one checkpoint.
     :param tokens: tokens of the whole run; None for a run that is counted in epochs.
@@ -60,50 +68,48 @@ class Plan:
         """The layout to take."""
         return self.fitting[0]
 
+    @property
+    def room(self) -> float:
+        """Bytes of a GPU that tensors may fill."""
+        return self.gpu.memory * USABLE
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Of the whole run, by :func:`spattn_olmoe.machine.gpu_hours`; None for a run that is counted in epochs."""
+        return None if self.tokens is None else gpu_hours(float(self.tokens) * self.flops.total, self.gpu.name.lower())
+
 
 def plan(config: ExperimentConfig, ranks: int, gpu_name: str) -> Plan:
-    """Try every layout on ``ranks`` GPUs of a kind and choose one.
+    """Try every layout on ``ranks`` GPUs of a kind and choose one, by memory and :attr:`Candidate.preference` alone.
 
-    :param gpu_name: a key of :data:`GPUS`.
-    :raises ValueError: there is no such GPU, or no layout fits; says what would help.
+    :param gpu_name: a key of :data:`.GPUS`.
+    :raises ValueError: there is no such GPU, or no layout fits; the message names what would help.
     """
     if gpu_name not in GPUS:
         raise ValueError(f"--gpu {gpu_name}: is not known (known: {', '.join(GPUS)})")
     if ranks < 1:
         raise ValueError(f"--gpus {ranks}: must be at least 1")
-    gpu = GPUS[gpu_name]
     model = config.model_with_attention().build(init_device="meta")
     shape = Shape.of(config, model)
-    flops = flops_per_token(model, config.sequence_length)
-    work = Work.of(config, shape)
-    room = gpu.memory * assumed("memory")
+    room = GPUS[gpu_name].memory * USABLE
     refused: Counter[str] = Counter()
-    fitting, smallest = [], float("inf")
-    for layout in _layouts(config, ranks, refused):
-        needed = memory(config, layout, shape)
-        smallest = min(smallest, needed.peak)
-        if needed.peak > room:
-            refused["does not fit in memory"] += 1
-            continue
-        fitting.append(Candidate(layout, needed, speed(config, layout, gpu, shape, work, flops.total)))
+    tried = [Candidate(layout, memory(config, layout, shape)) for layout in _layouts(config, ranks, refused)]
+    fitting = [candidate for candidate in tried if candidate.memory.peak <= room]
     if not fitting:
+        smallest = min((candidate.memory.peak for candidate in tried), default=None)
         raise ValueError(_why_none(config, ranks, gpu_name, refused, smallest, room))
-    fastest = max(c.speed.tokens_per_second for c in fitting)
-
-    def preference(candidate: Candidate) -> tuple[bool, int, float]:
-        close = candidate.speed.tokens_per_second >= (1 - SIMPLER_WITHIN) * fastest
-        return not close, candidate.layout.parallelisms if close else 0, -candidate.speed.tokens_per_second
-
-    fitting.sort(key=preference)
+    if len(fitting) < len(tried):
+        refused["does not fit in memory"] = len(tried) - len(fitting)
+    fitting.sort(key=lambda candidate: candidate.preference)
     best = fitting[0].layout
     chosen = best.apply(config)
     check_layout(chosen, ranks)
     return Plan(
         config=chosen,
         ranks=ranks,
-        gpu=gpu,
+        gpu=GPUS[gpu_name],
         shape=shape,
-        flops=flops,
+        flops=flops_per_token(model, config.sequence_length),
         fitting=tuple(fitting),
         refused=refused,
         checkpoint=checkpoint_bytes(chosen, shape),
@@ -130,11 +136,9 @@ def _layouts(config: ExperimentConfig, ranks: int, refused: Counter[str]) -> Ite
             refused[_reason(str(error))] += 1
             continue
         per_rank = batch // layout.data_ranks
-        recomputable = frozenset(RECOMPUTABLE)
-        if (
-            layout.context > 1
-        ):  # OLMo-core cannot recompute attention under context parallelism; check_layout refuses it
-            recomputable -= {"attention"}
+        # OLMo-core cannot recompute attention under context parallelism: check_layout refuses it.
+        recomputable = frozenset(RECOMPUTABLE) - ({"attention"} if layout.context > 1 else set())
+        # Doubling is enough: memory grows with the microbatch, and a divisor between two powers gains little.
         microbatch = T
         while microbatch <= per_rank:
             if per_rank % microbatch == 0:
@@ -151,11 +155,13 @@ def _shapes(ranks: int, T: int) -> Iterator[Layout]:
             if data_ranks * tensor * context != ranks:
                 continue
             yield Layout(ranks, "fsdp", data_ranks, tensor, context, 1, T)
+            # HSDP takes more memory than FSDP at the same ranks, but keeps gathering inside a node.
             shard = 2
             while shard < data_ranks:
                 if data_ranks % shard == 0:
                     yield Layout(ranks, "hsdp", shard, tensor, context, 1, T)
                 shard *= 2
+    # Experts are dealt out inside a copy of the weights, so OLMo-core wants the degree of sharding to be theirs.
     for expert in DEGREES[1:]:
         if ranks % expert == 0:
             yield Layout(ranks, "hsdp", expert, 1, 1, expert, T)
@@ -170,10 +176,10 @@ def _reason(message: str) -> str:
 
 
 def _why_none(
-    config: ExperimentConfig, ranks: int, gpu: str, refused: Counter[str], smallest: float, room: float
+    config: ExperimentConfig, ranks: int, gpu: str, refused: Counter[str], smallest: float | None, room: float
 ) -> str:
     T, batch = config.sequence_length, config.data_loader.global_batch_size
-    if smallest < float("inf"):
+    if smallest is not None:
         return (
             f"--gpus {ranks}: no layout fits: the smallest needs {smallest / 1e9:.1f} GB of the {room / 1e9:.1f} GB that "
             f"tensors may take of a {gpu}; use more GPUs, or a smaller model or dataset.sequence_length"
