@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ..data.config import TokenizerSection
 from ..data.tokenizer import find_tokenizer, parse_tokenizer, vocab_size
+from ..patterns import Pattern, build_pattern
 from .checkpoint_files import resolve_checkpoint
 from .fingerprint import FILE_NAME, Fingerprint
 from .remedies import apply_remedies
@@ -125,6 +126,19 @@ def read_checkpoint_config(checkpoint: str | Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: the checkpoint does not say what model it is") from None
+
+
+def trained_patterns(folder: str | Path) -> tuple[list[Pattern], int]:
+    """The pattern of every layer of a run's newest checkpoint, and its length of training; reads no weights.
+
+    :raises ValueError: there is no checkpoint, or it does not say what attention it was trained with.
+    """
+    path = resolve_checkpoint(folder, verify=False)
+    stated = Fingerprint.read(path)
+    if stated is None:
+        raise ValueError(f"checkpoint {path} does not say what attention it was trained with ({FILE_NAME} is missing)")
+    length = read_checkpoint_config(path)["dataset"]["sequence_length"]
+    return [build_pattern(**layer) for layer in stated.layers], length
 
 
 def load_tokenizer(checkpoint: str | Path) -> Tokenizer:

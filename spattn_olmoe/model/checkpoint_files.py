@@ -102,12 +102,12 @@ def find_checkpoint(folder: PathOrStr, *, verify: bool = True) -> str | None:
     return None
 
 
-def resolve_checkpoint(folder: PathOrStr) -> str:
+def resolve_checkpoint(folder: PathOrStr, *, verify: bool = True) -> str:
     """As :func:`find_checkpoint`, for a command that cannot do without one.
 
     :raises ValueError: there is none, or none that is intact.
     """
-    found = find_checkpoint(folder)
+    found = find_checkpoint(folder, verify=verify)
     if found is None:
         raise ValueError(f"--checkpoint {folder}: neither a complete checkpoint nor a folder of checkpoints (stepN/)")
     return found

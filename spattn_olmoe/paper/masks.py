@@ -145,6 +145,30 @@ def draw(pattern: Pattern, T: int | None = None) -> Figure:
     )
 
 
+def draw_layers(layers: Sequence[Pattern], T: int | None = None) -> Figure:
+    """All heads of a model: as :func:`draw` where its layers are alike, else rows for each kind of layer.
+
+    :param layers: the pattern of every layer.
+    """
+    T = layers[0].band_length if T is None else T
+    kinds: dict[Pattern, list[int]] = {}
+    for layer, pattern in enumerate(layers):
+        kinds.setdefault(pattern, []).append(layer)
+    if len(kinds) == 1:
+        return draw(layers[0], T)
+    rows: list[list[Panel]] = []
+    labels = []
+    for pattern, where in kinds.items():
+        name = f"{pattern.name}\nlayers {', '.join(map(str, where))}\n{cost(pattern, T)}".replace(
+            " of dense", "\nof dense"
+        )
+        for first in range(0, pattern.n_heads, 8):
+            heads = range(first, min(first + 8, pattern.n_heads))
+            rows.append([Panel(pattern, h, "" if rows else f"Head {h}") for h in heads])
+            labels.append(f"heads {first} to {heads[-1]}" if first else name)
+    return _grid(rows, T, "What each layer attends", f"{len(layers)} layers, T = {T}", labels, panel=0.875)
+
+
 def figure_1() -> Figure:
     """Figure 1 of arXiv 2511.09596: the bands of Eq. 4 in every head, N = 1024, H = 8."""
     return draw(VARIANTS["exclusive"].build(n_heads=8, band_length=1024))

@@ -12,8 +12,12 @@ from matplotlib.image import imread
 from PIL import Image
 
 from spattn_olmoe import build_pattern
+from spattn_olmoe.model.fingerprint import _SHAPE, Fingerprint
+from spattn_olmoe.model.section import layer_patterns
 from spattn_olmoe.paper import masks
+from spattn_olmoe.paper.masks import allowed_share
 from spattn_olmoe.patterns import VARIANTS, Pattern
+from spattn_olmoe.train import load_experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -160,13 +164,18 @@ def script():
         ("--type eball --heads 0", "attention.n_heads=0: must be a whole number of at least 1"),
         ("--type eball --heads two", "--heads: invalid int value: 'two'"),
         ("--type eball --length 0", "--length 0: must be at least 1"),
-        ("--type eball band", "'band' is not option=value"),
+        ("--type eball band", "'band' is no key=value"),
         ("--type spattention local_sharing=2", "attention.local_sharing=2: must be true or false"),
         ("--figure 3", "--figure: invalid choice"),
         ("--figure 1 --heads 4", "--heads goes with --type"),
         ("--overview local_sharing=true", "local_sharing=true goes with --type"),
         ("--overview --figure 1", "not allowed with"),
-        ("", "one of the arguments --type --figure --overview is required"),
+        ("--type eball band=[a", "is no YAML"),
+        ("--checkpoint nowhere", "--checkpoint nowhere: neither a complete checkpoint nor a folder"),
+        ("--checkpoint nowhere local_sharing=true", "local_sharing=true goes with --type"),
+        ("--config configs/quickstart.yaml attention.local_shring=true", "did you mean 'local_sharing'"),
+        ("--config nowhere.yaml", "does not exist"),
+        ("", "one of the arguments --config --checkpoint --type --figure --overview is required"),
     ],
 )
 def test_bad_input_is_one_line_and_an_exit_code(args, message, script, tmp_path, capsys):
@@ -183,14 +192,54 @@ def test_bad_input_is_one_line_and_an_exit_code(args, message, script, tmp_path,
     assert not out.exists()
 
 
+RUNS = {
+    "options": (["attention.type=bigbird", "attention.random_links=seeded"], 1),
+    "another shape": (["dataset.sequence_length=64", "model.block.sequence_mixer.n_heads=4"], 1),
+    "layers that differ": (["attention.type=eball", "attention.layers=[1]"], 2),
+}
+
+
+@pytest.mark.parametrize(("words", "kinds"), RUNS.values(), ids=RUNS)
+def test_a_config_is_drawn_as_it_would_be_trained(words, kinds, script, monkeypatch, tmp_path):
+    config = load_experiment(ROOT / "configs/quickstart.yaml", words)
+    wanted = list(layer_patterns(config.model_with_attention()))
+    drawn = []
+    monkeypatch.setattr(
+        script.masks, "allowed_share", lambda *args, **more: drawn.append(args) or allowed_share(*args, **more)
+    )
+    script.main(["--config", str(ROOT / "configs/quickstart.yaml"), *words, "--out", str(tmp_path / "x.png")])
+    assert {pattern for pattern, *_ in drawn} == set(wanted) and len(set(wanted)) == kinds
+    assert {T for _, _, T, *_ in drawn} == {config.sequence_length}
+    assert imread(tmp_path / "x.png").std() > 0
+
+
+def test_a_checkpoint_is_drawn_as_it_was_trained(tmp_path, script, monkeypatch):
+    layers = [build_pattern("eball", n_heads=4, band_length=32), build_pattern("standard", n_heads=4, band_length=32)]
+    folder = tmp_path / "run" / "step2"
+    (folder / "model_and_optim").mkdir(parents=True)
+    (folder / "model_and_optim" / ".metadata").touch()
+    (folder / "train").mkdir()
+    (folder / "train" / "rank0.pt").touch()
+    (folder / ".metadata.json").write_text('{"version": "3"}')
+    (folder / "config.json").write_text('{"dataset": {"sequence_length": 24}}')
+    shape = {**dict.fromkeys(_SHAPE, 4), "n_layers": len(layers)}
+    (folder / "attention.json").write_text(Fingerprint(tuple(p.to_config() for p in layers), shape).to_json())
+    drawn = []
+    monkeypatch.setattr(
+        script.masks, "allowed_share", lambda *args, **more: drawn.append(args) or allowed_share(*args, **more)
+    )
+    script.main(["--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "x.png")])
+    assert {(pattern, T) for pattern, _, T, *_ in drawn} == {(layer, 24) for layer in layers}
+
+
 def test_a_picture_that_cannot_be_written_is_one_line(script, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     small = ["--type", "eball", "--heads", "2", "--band-length", "8", "--out"]
-    with pytest.raises(SystemExit) as stop:
-        script.main([*small, str(tmp_path / "file" / "x.png")])
-    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
-    assert script.main([*small, str(tmp_path / "x.nonsense")]) == 1
-    assert len(capsys.readouterr().err.splitlines()) == 2
+    for name in ("file/x.png", "x.nonsense"):
+        with pytest.raises(SystemExit) as stop:
+            script.main([*small, str(tmp_path / name)])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and line.startswith("error: ")
 
 
 @pytest.mark.parametrize("name", ["figure1", "figure2", "masks_overview"])
