@@ -120,7 +120,7 @@ def filled(page: str, data: dict[str, Any]) -> str:
     for name, text in {
         "layouts": _layouts(data["layouts"]),
         "refused": table(
-            ["layout", "what a run says"], [[row["layout"], row["reason"]] for row in data["refused"]], "l", tight=True
+            ["layout", "what a run says"], [[row["layout"], row["reason"]] for row in data["refused"]], "l"
         ),
         "local_batch": _differences(data["local_batch"], ("ranks", "layout")),
         "resumed": _differences(data["resumed"], ("run",)),
@@ -141,12 +141,12 @@ def _layouts(rows: list[dict[str, Any]]) -> str:
     for ranks, layout in dict.fromkeys((row["ranks"], row["layout"]) for row in rows):
         mine = {row["attention"]: row for row in rows if (row["ranks"], row["layout"]) == (ranks, layout)}
         body.append([str(ranks), layout, *(f"{mine[kind][key]:.0e}" for kind in KINDS for key in KEYS)])
-    return table(head, body, "rlr", tight=True)
+    return table(head, body, "rlr")
 
 
 def _differences(rows: list[dict[str, Any]], names: tuple[str, ...]) -> str:
     body = [[*(str(row[name]) for name in names), *(f"{row[key]:.0e}" for key in KEYS)] for row in rows]
-    return table([*names, *KEYS], body, "l" * len(names) + "r", tight=True)
+    return table([*names, *KEYS], body, "l" * len(names) + "r")
 
 
 def head_order_table() -> str:
@@ -162,4 +162,4 @@ def head_order_table() -> str:
             cells = [", ".join(f"{imbalance(pairs, d):.3f}" for pairs in orders) for d in degrees]
             body.append([f"{H}, {N}", label, *cells])
     head = ["heads, band length", "attention", *(f"{d} ranks: natural, balanced" for d in degrees)]
-    return table(head, body, "llr", tight=True)
+    return table(head, body, "llr")

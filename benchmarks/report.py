@@ -111,7 +111,7 @@ def _attention_table(rows: list[Row]) -> str:
             other = by_key.get((row["pattern"], rival, row["mode"])) or by_key.get(("dense", rival, row["mode"]))
             cells.append(f"{other['ms'] / row['ms']:.2f}x" if other else "")
         body.append(cells)
-    return table(head, body, "llr", tight=True)
+    return table(head, body, "llr")
 
 
 def attention_plot(rows: list[Row], path: Path) -> None:
@@ -191,7 +191,7 @@ def training_lines(rows: list[Row]) -> list[str]:
         ]
         body.append(cells)
     errors = [f"- not timed: {row['attention']}: {row['error']}" for row in rows if "error" in row]
-    return [table(head, body, "llr", tight=True), *(["", *errors] if errors else [])]
+    return [table(head, body, "llr"), *(["", *errors] if errors else [])]
 
 
 def training_plot(rows: list[Row], path: Path) -> None:

@@ -1,19 +1,56 @@
-"""Tables in Markdown, for every report."""
+"""Tables in Markdown and the numbers in them, written alike in every report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .patterns import mask_name
 
 _MARKS = {"l": "---", "r": "---:"}
+FIRST_CONTEXT = 16
+"""Where the first range of contexts ends by which losses are split."""
 
 
-def table(head: Sequence[str], body: Iterable[Sequence[str]], columns: str = "lr", *, tight: bool = False) -> str:
+def table(head: Sequence[str], body: Iterable[Sequence[str]], columns: str = "lr") -> str:
     """A table of as many lines as ``body`` has rows, and two.
 
     :param columns: ``l`` or ``r`` for each column, aligned to the left or right; the last letter holds for all that follow.
-    :param tight: no spaces in the line between head and body.
     """
-    pad = "" if tight else " "
-    marks = (f"{pad}{_MARKS[side]}{pad}" for side in columns.ljust(len(head), columns[-1])[: len(head)])
-    first, *lines = ("| " + " | ".join(cells) + " |" for cells in [head, *body])
-    return "\n".join([first, f"|{'|'.join(marks)}|", *lines])
+    marks = (_MARKS[side] for side in columns.ljust(len(head), columns[-1])[: len(head)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, list(marks), *body])
+
+
+def plus_minus(value: float, error: float | None) -> str:
+    """A value with its error, ``0.4956 +- 0.0140``; alone where the error is not known."""
+    return f"{value:.4f}" if error is None else f"{value:.4f} +- {error:.4f}"
+
+
+def interval(bounds: Sequence[float]) -> str:
+    """A confidence interval of a difference."""
+    return f"{bounds[0]:+.4f} to {bounds[1]:+.4f}"
+
+
+def p_value(p: float) -> str:
+    """A p-value to four digits."""
+    return f"{p:.4f}" if p >= 1e-4 else "< 0.0001"
+
+
+def context_label(context: Sequence[int]) -> str:
+    """A half-open range of context lengths; ``all`` for the one that holds every other."""
+    lo, hi = context
+    return "all" if lo == 1 and hi > FIRST_CONTEXT else f"{lo} to {hi - 1}"
+
+
+def attention_name(layers: Sequence[Mapping[str, Any]], follows_input: bool) -> str:
+    """The attention of a model in a few words: its masks by name, and the options that are not a mask's own.
+
+    :param layers: the config of every layer's pattern.
+    """
+    names = []
+    for layer in layers:
+        options = {k: v for k, v in layer.items() if k not in ("name", "n_heads", "band_length", "follows_input")}
+        names.append(mask_name(layer["name"], options))
+    kinds = list(dict.fromkeys(names))
+    text = kinds[0] if len(kinds) == 1 else ", ".join(f"{names.count(kind)} layers {kind}" for kind in kinds)
+    return f"{text}, follows_input=true" if follows_input else text

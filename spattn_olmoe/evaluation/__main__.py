@@ -9,8 +9,9 @@ from pathlib import Path
 
 from lm_eval.__main__ import cli_evaluate
 
+from .. import ranks
 from ..errors import user_errors
-from . import model, offline, ranks  # noqa: F401  model registers itself
+from . import model, offline  # noqa: F401  model registers itself
 
 if __name__ == "__main__":
     with user_errors(), ranks.together():

@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> None:
     if args.compare:
         _compare(args)
         return
-    from . import ranks
+    from .. import ranks
 
     with ranks.together():
         if args.loss:
@@ -139,8 +139,8 @@ def _loss(args: argparse.Namespace, folders: list[str], options: dict[str, Any])
     from olmo_core.distributed.utils import get_rank
 
     from ..model.checkpoint import Checkpoint
+    from ..tables import attention_name
     from . import loss
-    from .report import attention_name
     from .run import versions, writable_folder, write, writing_to
 
     checkpoints = [Checkpoint.open(folder, follows_input=options.get("follows_input")) for folder in folders]
@@ -159,7 +159,11 @@ def _loss(args: argparse.Namespace, folders: list[str], options: dict[str, Any])
             loss.token_losses(checkpoint, held_out, batch_size=args.batch_size, device=options.get("device"))
         )
         run = {"attention": list(checkpoint.layers), "follows_input": checkpoint.layers[0]["follows_input"]}
-        run |= {"checkpoint": checkpoint.path, "attention_name": attention_name(run), "loss": rows}
+        run |= {
+            "checkpoint": checkpoint.path,
+            "attention_name": attention_name(run["attention"], run["follows_input"]),
+            "loss": rows,
+        }
         if runs:
             run["difference_from_first"] = loss.differences(runs[0]["loss"], rows)
         runs.append(run)

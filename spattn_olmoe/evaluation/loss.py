@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import ranks
 from ..data.manifest import Manifest, verify
 from ..model.checkpoint import Checkpoint
-from ..tables import table
-from . import ranks, statistics
+from ..tables import FIRST_CONTEXT, context_label, interval, p_value, plus_minus, table
+from . import statistics
 from .compare import NO_DIFFERENCE
-
-_FIRST_BUCKET = 16
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def _sequences(path: str, manifest: Manifest, length: int) -> np.ndarray:
 def buckets(length: int) -> list[tuple[int, int]]:
     """Half-open ranges of context lengths, each twice as long as the one before: ``[1, 16), [16, 32) ... [, length)``."""
     edges = [1]
-    edge = _FIRST_BUCKET
+    edge = FIRST_CONTEXT
     while edge < length:
         edges.append(edge)
         edge *= 2
@@ -142,7 +141,10 @@ def markdown(results: dict[str, Any]) -> str:
     """Losses of all checkpoints side by side, then each one's paired differences from the first."""
     runs = results["checkpoints"]
     head = ["tokens of context", *(f"{chr(65 + i)}: {run['attention_name']}" for i, run in enumerate(runs))]
-    body = [[_label(row["context"]), *(_loss(run["loss"][i]) for run in runs)] for i, row in enumerate(runs[0]["loss"])]
+    body = [
+        [context_label(row["context"]), *(_loss(run["loss"][i]) for run in runs)]
+        for i, row in enumerate(runs[0]["loss"])
+    ]
     body.append(["perplexity, total", *(f"{run['loss'][0]['perplexity']:.3f}" for run in runs)])
     text = [
         f"Held-out loss in nats per token, mean +- standard error over {results['sequences']} sequences of "
@@ -159,10 +161,10 @@ def markdown(results: dict[str, Any]) -> str:
         letter = chr(65 + i)
         rows = [
             [
-                _label(row["context"]),
+                context_label(row["context"]),
                 f"{row['difference']:+.4f}",
-                f"{row['interval'][0]:+.4f} to {row['interval'][1]:+.4f}",
-                f"{row['p_adjusted']:.4f}",
+                interval(row["interval"]),
+                p_value(row["p_adjusted"]),
                 row["verdict"].replace("B is", f"{letter} is"),
             ]
             for row in run["difference_from_first"]
@@ -172,10 +174,5 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(text) + "\n"
 
 
-def _label(context: list[int]) -> str:
-    lo, hi = context
-    return "all" if lo == 1 and hi > _FIRST_BUCKET else f"{lo} to {hi - 1}"
-
-
 def _loss(row: dict[str, Any]) -> str:
-    return f"{row['loss']:.4f}" + ("" if row["stderr"] is None else f" +- {row['stderr']:.4f}")
+    return plus_minus(row["loss"], row["stderr"])

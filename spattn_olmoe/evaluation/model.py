@@ -20,8 +20,8 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
+from .. import ranks
 from ..model.checkpoint import Checkpoint
-from . import ranks
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class SPAttnLM(TemplateLM):
     :param tokenizer: a ``tokenizer.json`` instead of the checkpoint's.
     :param device: by default the GPU, where there is one, and on several ranks each one's own.
 
-    lm-eval hands every rank all requests; :mod:`.ranks` shares their batches out.
+    lm-eval hands every rank all requests; :mod:`..ranks` shares their batches out.
     """
 
     def __init__(

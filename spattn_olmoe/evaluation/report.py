@@ -8,23 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..patterns import mask_name
-from ..tables import table
+from ..tables import attention_name, interval, plus_minus, table
 from .compare import NO_DIFFERENCE, Difference, average, columns_of
 from .suites import SUITES, implied_stderr
 
 Cell = tuple[float, float | None]
-
-
-def attention_name(results: dict[str, Any]) -> str:
-    """The attention of a result in a few words: its masks by name, and the options that are not a mask's own."""
-    names = []
-    for layer in results["attention"]:
-        options = {k: v for k, v in layer.items() if k not in ("name", "n_heads", "band_length", "follows_input")}
-        names.append(mask_name(layer["name"], options))
-    kinds = list(dict.fromkeys(names))
-    text = kinds[0] if len(kinds) == 1 else ", ".join(f"{names.count(kind)} layers {kind}" for kind in kinds)
-    return f"{text}, follows_input=true" if results["follows_input"] else text
 
 
 def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -55,7 +43,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _conditions(results: dict[str, Any]) -> str:
     lines = [
-        f"Suite {results['suite']}: {attention_name(results)}, {results['checkpoint']}",
+        f"Suite {results['suite']}: {_name(results)}, {results['checkpoint']}",
         "",
         f"- values are mean +- standard error; follows_input={str(results['follows_input']).lower()}, at most "
         f"{results['max_length']} tokens, {results['truncated_requests']} requests lost the beginning of their context",
@@ -76,13 +64,13 @@ def _paper_table(results: dict[str, Any]) -> str:
     chances = [row["chance"] for row in ours]
     head = ["", *(row["label"] for row in ours), "Average"]
     body = [
-        [f"**{attention_name(results)}**", *(_cell((row["value"], row["stderr"])) for row in ours), _cell(total)],
+        [f"**{_name(results)}**", *(plus_minus(row["value"], row["stderr"]) for row in ours), plus_minus(*total)],
         ["questions", *(str(row["n"]) for row in ours), ""],
-        ["chance", *(_cell((chance, None)) for chance in chances), _cell((sum(chances) / len(chances), None))],
+        ["chance", *(plus_minus(chance, None) for chance in chances), plus_minus(sum(chances) / len(chances), None)],
     ]
     for method, values, printed in suite.paper:
-        cells = [_cell((v, implied_stderr(v, c))) for v, c in zip(values, suite.columns, strict=True)]
-        body.append([f"paper: {method}", *cells, _cell((printed, None))])
+        cells = [plus_minus(v, implied_stderr(v, c)) for v, c in zip(values, suite.columns, strict=True)]
+        body.append([f"paper: {method}", *cells, plus_minus(printed, None)])
     note = (
         "The paper prints no errors: those beside its numbers are the binomial ones of its tasks' full sizes. Its models "
         "were trained on far more than a small run, so its rows are no target for one."
@@ -100,9 +88,9 @@ def _list_table(results: dict[str, Any]) -> str:
             row["label"],
             str(row["num_fewshot"]),
             row["metric"],
-            _cell((row["value"], row["stderr"])),
+            plus_minus(row["value"], row["stderr"]),
             str(row["n"]),
-            "" if row["chance"] is None else _cell((row["chance"], None)),
+            "" if row["chance"] is None else plus_minus(row["chance"], None),
         ]
         for row in rows(results)
     ]
@@ -112,9 +100,9 @@ def _list_table(results: dict[str, Any]) -> str:
 def csv_text(results: dict[str, Any]) -> str:
     """The table as CSV: ours, then the paper's rows with the standard errors that their task sizes imply."""
     head = ["method", "label", "task", "num_fewshot", "metric", "value", "stderr", "n", "chance"]
-    lines: list[list[Any]] = [[attention_name(results), *(row[key] for key in head[1:])] for row in rows(results)]
+    lines: list[list[Any]] = [[_name(results), *(row[key] for key in head[1:])] for row in rows(results)]
     if (total := average(results)) is not None:
-        lines.append([attention_name(results), "Average", "", "", "acc", *total, "", ""])
+        lines.append([_name(results), "Average", "", "", "acc", *total, "", ""])
     suite = SUITES.get(results["suite"])
     for method, values, printed in suite.paper if suite else ():
         assert suite is not None
@@ -140,7 +128,7 @@ def comparison_markdown(a: dict[str, Any], b: dict[str, Any], differences: Seque
             f"{d.a:.4f}",
             f"{d.b:.4f}",
             f"{d.difference:+.4f}",
-            f"{d.interval[0]:+.4f} to {d.interval[1]:+.4f}",
+            interval(d.interval),
             "" if d.only_a is None else f"{d.only_a} : {d.only_b}",
             f"{d.p:.3f}",
             f"{d.p_adjusted:.3f}",
@@ -155,7 +143,7 @@ def comparison_markdown(a: dict[str, Any], b: dict[str, Any], differences: Seque
         else "No difference can be seen in any column."
     )
     return (
-        f"A: {attention_name(a)}, {a['checkpoint']}\nB: {attention_name(b)}, {b['checkpoint']}\n\n"
+        f"A: {_name(a)}, {a['checkpoint']}\nB: {_name(b)}, {b['checkpoint']}\n\n"
         f"{table(head, body, 'l')}\n\n{summary} Intervals are paired bootstraps over the same questions, p is McNemar's exact "
         "test (a permutation test for what is not right or wrong), p (Holm) allows for the number of rows. One training run "
         "of each is compared: what another seed would give is not in the intervals.\n"
@@ -170,6 +158,5 @@ def write_tables(results: dict[str, Any], stem: Path) -> list[Path]:
     return paths
 
 
-def _cell(cell: Cell) -> str:
-    value, stderr = cell
-    return f"{value:.4f}" if stderr is None else f"{value:.4f} +- {stderr:.4f}"
+def _name(results: dict[str, Any]) -> str:
+    return attention_name(results["attention"], results["follows_input"])

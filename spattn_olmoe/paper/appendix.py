@@ -20,7 +20,7 @@ from ..files import replace_file
 from ..model.checkpoint import Checkpoint
 from ..model.remedies import apply_remedies
 from ..patterns import VARIANTS
-from ..tables import table
+from ..tables import plus_minus, table
 from ..train.config import load_experiment
 from .conditions import conditions
 from .heads import DIVERSITIES, LayerHeads, measure_heads, plot_heads, summary
@@ -158,7 +158,7 @@ def _cells(found: list[dict[str, Any]]) -> list[str]:
     mean = np.mean(values, axis=0)
     if len(values) == 1:
         return [f"{x:.4f}" for x in mean]
-    return [f"{x:.4f} +- {s:.4f}" for x, s in zip(mean, np.std(values, axis=0, ddof=1), strict=True)]
+    return [plus_minus(x, s) for x, s in zip(mean, np.std(values, axis=0, ddof=1), strict=True)]
 
 
 def lower_by(standard: float, other: float) -> float:

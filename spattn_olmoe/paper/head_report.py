@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from ..evaluation.loss import HeldOut
-from ..evaluation.report import attention_name
 from ..model.checkpoint import Checkpoint
-from ..tables import table
+from ..tables import attention_name, table
 from .heads import DIVERSITIES, measure_heads, plot_heads, summary
 
 _TOKENS = 4096  # of a batch
@@ -38,7 +37,7 @@ def main(
     for checkpoint in checkpoints:
         HeldOut.read(checkpoint, text.directory, 1)  # says so where the text is of another tokenizer
         layers = list(checkpoint.layers)
-        attention = attention_name({"attention": layers, "follows_input": layers[0]["follows_input"]})
+        attention = attention_name(layers, layers[0]["follows_input"])
         module = checkpoint.load()
         batches = (batch.to(module.device) for batch in ids.split(max(1, _TOKENS // ids.shape[1])))
         heads = summary(measure_heads(module.model.eval(), batches))

@@ -16,7 +16,7 @@ from ..evaluation.compare import columns_of, compare, mean_metrics
 from ..evaluation.statistics import Crossed
 from ..evaluation.suites import SUITES, implied_stderr
 from ..patterns import build_pattern
-from ..tables import table
+from ..tables import context_label, interval, p_value, plus_minus, table
 from .comparison import Comparison, Result
 from .conditions import conditions
 from .measure import suite_file
@@ -107,8 +107,8 @@ def _losses(name: str, c: Comparison) -> list[str]:
             [
                 variant,
                 f"{100 * pairs_of_dense(c.results[variant][0]):.1f} %",
-                f"{by_seed.mean():.4f}" + (f" +- {by_seed.std(ddof=1):.4f}" if len(by_seed) > 1 else ""),
-                *(["", "", ""] if d is None else [f"{d.mean:+.4f}", interval(d), p_value(p)]),
+                plus_minus(by_seed.mean(), by_seed.std(ddof=1) if len(by_seed) > 1 else None),
+                *(["", "", ""] if d is None else [f"{d.mean:+.4f}", interval(d.interval), p_value(p)]),
                 ", ".join(f"{value:.4f}" for value in averages.get(variant, [])),
             ]
         )
@@ -140,16 +140,6 @@ def pairs_of_dense(result: Result) -> float:
     return sum(p.attended_pairs(T) for p in patterns) / (len(patterns) * dense)
 
 
-def interval(d: Crossed) -> str:
-    """A confidence interval in words."""
-    return f"{d.interval[0]:+.4f} to {d.interval[1]:+.4f}"
-
-
-def p_value(p: float) -> str:
-    """A p-value in words."""
-    return f"{p:.4f}" if p >= 1e-4 else "< 0.0001"
-
-
 def verdict(d: Crossed, p: float) -> str:
     """Whether losses of two variants, the second less the first's, stand in the order that puts the first before."""
     if p >= statistics.LEVEL:
@@ -176,7 +166,8 @@ def _order(name: str, c: Comparison) -> list[str]:
     if len(order) < 2:
         return []
     body = [
-        [f"{a} before {b}", f"{d.mean:+.4f}", interval(d), p_value(p), verdict(d, p)] for a, b, d, p in c.order(order)
+        [f"{a} before {b}", f"{d.mean:+.4f}", interval(d.interval), p_value(p), verdict(d, p)]
+        for a, b, d, p in c.order(order)
     ]
     return [
         f"By its printed averages the paper's order is {', '.join(order)}. Held-out loss of neighbours, the second's less the "
@@ -203,12 +194,6 @@ def _context(name: str, c: Comparison) -> list[str]:
     ]
 
 
-def context_label(context: Sequence[int]) -> str:
-    """A range of context lengths in words."""
-    lo, hi = context
-    return "all" if lo == 1 and hi > 16 else f"{lo} to {hi - 1}"
-
-
 def _twins(c: Comparison) -> list[str]:
     found = c.twins()
     lines = [
@@ -227,7 +212,9 @@ def _short_prompts(c: Comparison) -> list[str]:
     body = []
     for variant in c.results:
         for length, train, follows, d in c.short_prompts(variant):
-            body.append([f"{variant}, {length}", f"{train:.4f}", f"{follows:.4f}", f"{d.mean:+.4f}", interval(d)])
+            body.append(
+                [f"{variant}, {length}", f"{train:.4f}", f"{follows:.4f}", f"{d.mean:+.4f}", interval(d.interval)]
+            )
     if not body:
         return []
     head = ["variant, tokens", "follows_input=false", "follows_input=true", "difference", "95 % interval"]
@@ -285,7 +272,7 @@ def _score_cells(results: Sequence[dict[str, Any]]) -> dict[str, str]:
             values = [one["value"] for one in found]
             spread = found[0]["stderr"] if len(found) == 1 else float(np.std(values, ddof=1))
             label = column.label if column.metric else f"{column.label} {metric}"
-            cells[label] = f"{np.mean(values):.4f}" + ("" if spread is None else f" +- {spread:.4f}")
+            cells[label] = plus_minus(float(np.mean(values)), spread)
     return cells
 
 
@@ -295,9 +282,7 @@ def _score_differences(
     lines = []
     for seed, (a, b) in enumerate(zip(theirs, ours, strict=True)):
         seen = [d for d in compare(a, b) if d.p_adjusted < statistics.LEVEL]
-        words = "; ".join(
-            f"{d.label} {d.metric} {d.difference:+.4f} ({d.interval[0]:+.4f} to {d.interval[1]:+.4f})" for d in seen
-        )
+        words = "; ".join(f"{d.label} {d.metric} {d.difference:+.4f} ({interval(d.interval)})" for d in seen)
         lines.append(f"- {variant} less {other}, seed {seed}: {words or 'no difference can be seen'}")
     return lines
 
@@ -308,8 +293,8 @@ def _paper(name: str) -> list[str]:
     for method, values, average in suite.paper:
         errors = [implied_stderr(v, c) for v, c in zip(values, suite.columns, strict=True)]
         spreads.append(math.hypot(*errors) / len(errors))
-        cells = [f"{v:.4f} +- {e:.4f}" for v, e in zip(values, errors, strict=True)]
-        body.append([method, *cells, f"{average:.4f} +- {spreads[-1]:.4f}"])
+        cells = [plus_minus(v, e) for v, e in zip(values, errors, strict=True)]
+        body.append([method, *cells, plus_minus(average, spreads[-1])])
     words = []
     size = len(suite.paper) // len(TABLES[name].models)  # rows of one model
     for start in range(0, len(suite.paper), size):

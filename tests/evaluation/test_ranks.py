@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from olmo_core.distributed.utils import get_world_size
 
-from spattn_olmoe.evaluation import ranks
+from spattn_olmoe import ranks
 from tests.conftest import ROOT, training_environment
 
 SCRIPT = str(ROOT / "scripts/evaluate.py")
