@@ -17,7 +17,7 @@ def replace_file(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError:
-        aside.unlink(missing_ok=True)  # half a file on a full disk helps nobody
+        aside.unlink(missing_ok=True)  # do not leave a truncated file behind
         raise
     os.replace(aside, path)
     sync_folder(path.parent)

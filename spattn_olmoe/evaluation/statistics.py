@@ -1,4 +1,8 @@
-"""Is it a difference? Paired tests over the same questions or sequences."""
+"""Is it a difference? Paired tests over the same questions or sequences.
+
+Resampling is ours where scipy has it too: for the 14,000 questions of MMLU ``scipy.stats.bootstrap`` takes thousands of times as
+long as drawing counts of equal values, ``permutation_test`` twenty times as long as a product with signs of one byte.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +27,13 @@ def mcnemar(only_a: int, only_b: int) -> float:
     :param only_b: questions that only B answered right.
     """
     n = only_a + only_b
-    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
-    return min(1.0, 2 * tail / 2**n)
+    return float(stats.binomtest(only_a, n).pvalue) if n else 1.0
 
 
 def sign_flip(differences: Values, seed: int = 0) -> float:
     """Two-sided p of a paired permutation test: the mean against those with the signs drawn at random."""
     d = np.asarray(differences, dtype=float)
-    d = d[d != 0]  # whose sign is nothing to draw
+    d = d[d != 0]  # flipping the sign of a zero changes nothing
     generator = np.random.default_rng(seed)
     extreme, done = 0, 0
     for size in _chunks(len(d)):
@@ -89,7 +92,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 def mean_stderr(values: Values) -> float | None:
     """Standard error of a mean; None of fewer than two values."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    return float(stats.sem(values)) if len(values) > 1 else None
 
 
 def _chunks(width: int) -> list[int]:
