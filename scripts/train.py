@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument(
         "--verify-data", action="store_true", help="compare the data's hashes with the manifest's first"
     )
+    parser.add_argument("--verbose", action="store_true", help="show all messages, not only write them to train.log")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example attention.type=eball")
     args = parser.parse_intermixed_args()
     with user_errors():
@@ -48,7 +49,7 @@ def main() -> None:
             dry_run(with_order_of(config, checkpoint_to_load(config, verify=False)), console)
             console.print(memory_table(config, args.gpus or int(os.environ.get("WORLD_SIZE", "1"))))
             return
-        trainer = prepare(config, verify_data=args.verify_data)
+        trainer = prepare(config, verify_data=args.verify_data, verbose=args.verbose)
     sys.exit(fit(trainer))  # what fails from here on is no slip of the user's: it keeps its traceback
 
 

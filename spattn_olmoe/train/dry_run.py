@@ -33,6 +33,18 @@ def dry_run(config: ExperimentConfig, console: Console | None = None) -> None:
     )
 
 
+def in_a_line(config: ExperimentConfig) -> str:
+    """What a run trains, on what, and where to: for the head of its output."""
+    model, T = config.model_with_attention(), config.sequence_length
+    patterns = list(layer_patterns(model))
+    share = sum(p.attended_pairs(T) for p in patterns) / sum(p.n_heads * causal_pairs(T) for p in patterns)
+    return (
+        f"{config.name}: {short(model.num_params)} parameters, {short(model.num_active_params)} active; "
+        f"{config.plan().type} attends {share:.1%} of dense's pairs; {tokens(config)} tokens; "
+        f"everything goes to {config.trainer.save_folder}"
+    )
+
+
 def run_table(config: ExperimentConfig) -> Table:
     """Parameters, FLOPs and tokens of a run."""
     model = config.model_with_attention()
@@ -95,7 +107,7 @@ def tokens(config: ExperimentConfig) -> str:
 
 def short(n: int) -> str:
     """A count in words: 6.92 B."""
-    for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+    for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if n >= factor:
             return f"{n / factor:.2f} {unit}"
     return str(n)

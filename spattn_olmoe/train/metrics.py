@@ -10,9 +10,15 @@ from typing import ClassVar
 
 from olmo_core.distributed.utils import get_rank
 from olmo_core.io import is_url
+from olmo_core.train import Trainer
 from olmo_core.train.callbacks import Callback
 
 METRICS_FILE = "metrics.jsonl"
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The local folder of a run: beside the checkpoints, or the working directory where those go to a URL."""
+    return trainer.work_dir if is_url(trainer.save_folder) else Path(trainer.save_folder)
 
 
 @dataclass
@@ -27,9 +33,8 @@ class MetricsFile(Callback):
 
     @property
     def path(self) -> Path:
-        """The file; beside the checkpoints, or in the working directory where those go to a URL."""
-        folder = self.trainer.work_dir if is_url(self.trainer.save_folder) else Path(self.trainer.save_folder)
-        return folder / METRICS_FILE
+        """The file, in :func:`run_folder`."""
+        return run_folder(self.trainer) / METRICS_FILE
 
     def pre_train(self) -> None:
         if get_rank() == 0:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import math
+import re
+import time
+from dataclasses import dataclass, field
 
+from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.train.callbacks import ConsoleLoggerCallback, SpeedMonitorCallback
-from olmo_core.utils import format_timedelta
+from olmo_core.train.common import TRAIN_CE_LOSS_METRIC as LOSS
+from olmo_core.train.common import TrainingProgress
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.progress import Progress as Bar
 
 from ..machine import peak_flops
 from ..model.flops import flops_per_token
+from . import output
+from .metrics import METRICS_FILE, read_metrics, run_folder
 
 log = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
+SEPARATOR = " | "
 
 MFU_IF_DENSE = "throughput/device/MFU as if dense (actual avg)"
 
@@ -50,47 +59,132 @@ class Throughput(SpeedMonitorCallback):
 
 @dataclass
 class Progress(ConsoleLoggerCallback):
-    """One line a step that is logged: loss, learning rate, gradient norm, tokens/s, both MFUs, time left.
+    """What a run shows of itself: a bar in a terminal, elsewhere one line for a step that is logged; a summary at the end.
 
-    :param verbose: OLMo-core's own block of metrics instead.
+    Held-out losses are those of OLMo-core's ``lm_evaluator``.
     """
 
-    verbose: bool = False
+    _bar: Bar | None = None
+    _loss: float | None = None
+    _held_out: dict[str, float] = field(default_factory=dict)
+    _started: tuple[float, int] | None = None
+    _failed: bool = False
 
-    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        if self.verbose:
-            super().log_metrics(step, metrics)
-        elif self._should_log_metrics(step) and "train/CE loss" in metrics:
-            now = self.trainer.training_progress
-            eta = format_timedelta(now.time_remaining).replace(", ", " ") if now.time_remaining is not None else "-"
-            log.info(progress_line(step, self.trainer.max_steps, metrics, tps=now.tps, mfu=now.mfu, eta=eta))
+    def pre_train(self) -> None:
+        self._started = time.monotonic(), self.step
+        if get_rank() == 0 and output.in_terminal():
+            columns = MofNCompleteColumn(), BarColumn(bar_width=None), TextColumn("{task.fields[now]}")
+            self._bar = Bar(*columns, console=output.console, expand=True, transient=True, refresh_per_second=2)
+            self._bar.add_task("step", total=self.trainer.max_steps, completed=self.step, now="first step ...")
+            self._bar.start()
 
     def post_step(self) -> None:
-        if self.verbose:
-            super().post_step()
+        if self._bar is not None:
+            now = [*losses(self._loss, self._held_out), *speed(self.trainer.training_progress)]
+            self._bar.update(TaskID(0), completed=self.step, now=SEPARATOR.join(now))
+
+    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        if get_rank() != 0:
+            return
+        held_out = held_out_losses(metrics)
+        self._loss, self._held_out = metrics.get(LOSS, self._loss), held_out or self._held_out
+        if (self._should_log_metrics(step) and LOSS in metrics) or held_out:
+            line = progress_line(step, metrics, self.trainer.training_progress)
+            log.info(line, extra={"on_screen": self._bar is None})
+
+    def on_error(self, exc: BaseException) -> None:
+        self._failed = True
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if get_rank() == 0 and self._started is not None and not self._failed:
+            log.info(self._summary(*self._started))
+
+    def _summary(self, started: float, first: int) -> str:
+        trainer, folder = self.trainer, run_folder(self.trainer)
+        tps = trainer.training_progress.tps
+        steps = f"step {self.step:,} of {trainer.max_steps:,}" if trainer.max_steps else f"step {self.step:,}"
+        how = (
+            "stopped at"
+            if trainer.is_canceled
+            else "done:"
+            if self.step > first
+            else "nothing left to train: already at"
+        )
+        took = f" in {duration(time.monotonic() - started)}" if self.step > first else ""
+        speed = f", {tps * get_world_size():,.0f} tokens/s" if tps else ""
+        vocabulary = getattr(getattr(trainer.train_module, "model", None), "vocab_size", None)
+        return "\n".join(
+            [
+                f"{how} {steps}{took}{speed}",
+                *summary_of_losses(read_metrics(folder), vocabulary),
+                f"  checkpoints  {trainer.save_folder}/step*",
+                f"  metrics      {folder / METRICS_FILE}",
+                f"  messages     {folder / output.LOG_FILE}",
+            ]
+        )
 
 
-def progress_line(
-    step: int, max_steps: int | None, metrics: dict[str, float], *, tps: float | None, mfu: float | None, eta: str
-) -> str:
-    """A step's metrics as one line; "n/a" for what is not known.
+def held_out_losses(metrics: dict[str, float]) -> dict[str, float]:
+    """The held-out losses among a step's metrics, by the label of their data."""
+    return {m[1]: value for key, value in metrics.items() if (m := re.fullmatch(r"eval/lm/(.+)/CE loss", key))}
 
-    :param tps: tokens per second of one device, averaged over the run so far.
-    :param mfu: model FLOPs utilisation of the work actually done, in percent, averaged likewise.
+
+def progress_line(step: int, metrics: dict[str, float], now: TrainingProgress) -> str:
+    """A step's metrics as one line; what is not known is left out.
+
+    :param now: speed and MFU, averaged over the run so far, and what remains.
     """
-
-    def number(value: float | None, form: str) -> str:
-        return "n/a" if value is None else format(value, form)
-
     lr = next((value for key, value in metrics.items() if key.startswith("optim/LR")), None)
-    return " | ".join(
+    norm = metrics.get("optim/total grad norm")
+    return SEPARATOR.join(
         [
-            f"step {step}/{max_steps or '?'}",
-            f"loss {number(metrics.get('train/CE loss'), '.4f')}",
-            f"lr {number(lr, '.2e')}",
-            f"grad norm {number(metrics.get('optim/total grad norm'), '.3f')}",
-            f"{number(tps, ',.0f')} tokens/s per device",
-            f"MFU {number(mfu, '.1f')} % (as if dense {number(metrics.get(MFU_IF_DENSE), '.1f')} %)",
-            f"ETA {eta}",
+            f"step {step}/{now.total_steps or '?'}",
+            *losses(metrics.get(LOSS), held_out_losses(metrics)),
+            *([f"lr {lr:.2e}"] if lr is not None else []),
+            *([f"grad norm {norm:.3f}"] if norm is not None else []),
+            *([f"MFU {now.mfu:.1f} %"] if now.mfu is not None else []),
+            *([f"MFU as if dense {metrics[MFU_IF_DENSE]:.1f} %"] if MFU_IF_DENSE in metrics else []),
+            *speed(now),
         ]
     )
+
+
+def losses(loss: float | None, held_out: dict[str, float]) -> list[str]:
+    """The losses that are known, each with its name."""
+    label = "held-out {}".format if len(held_out) > 1 else lambda _: "held-out"
+    known = {} if loss is None else {"loss": loss}
+    known |= {label(name): value for name, value in held_out.items()}
+    return [f"{name} {value:.4f}" for name, value in known.items()]
+
+
+def speed(now: TrainingProgress) -> list[str]:
+    """Tokens a second of all devices, and the time left: nothing before the second step."""
+    parts = [f"{now.tps * get_world_size():,.0f} tokens/s"] if now.tps is not None else []
+    if now.bps and now.total_steps and now.total_steps > now.current_step:
+        parts.append(f"{duration((now.total_steps - now.current_step) / now.bps)} left")
+    return parts
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it: seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:,.1f} h"
+
+
+def summary_of_losses(metrics: dict[int, dict[str, float]], vocabulary: int | None) -> list[str]:
+    """Lines that say what the loss was first and last, beside that of a uniform guess, and the last held-out losses."""
+    losses = [(step, values[LOSS]) for step, values in metrics.items() if LOSS in values]
+    held_out = {label: (step, v) for step, values in metrics.items() for label, v in held_out_losses(values).items()}
+    lines = []
+    if losses:
+        (first, before), (last, after) = losses[0], losses[-1]
+        guess = f" (a uniform guess has ln {vocabulary} = {math.log(vocabulary):.3f})" if vocabulary else ""
+        lines.append(f"  loss         {before:.3f} at step {first}{guess}, {after:.3f} at step {last}")
+    lines += [f"  held-out     {value:.3f} at step {step} ({label})" for label, (step, value) in held_out.items()]
+    return lines

@@ -22,22 +22,25 @@ from ..model.fingerprint import Fingerprint, check_checkpoint
 from ..model.remedies import apply_remedies
 from ..model.section import AUTO, BASELINE, layer_patterns
 from ..patterns.head_order import NATURAL
+from . import output
 from .checkpoints import CheckpointFiles
 from .config import ExperimentConfig
+from .dry_run import in_a_line
 from .evaluators import check_evaluators, check_not_empty, held_out_datasets, label_all_files
 from .faults import ShieldDataWorkers, SkipNonFinite, survive_evaluations
 from .layout import check_layout
-from .metrics import MetricsFile
+from .metrics import MetricsFile, run_folder
 from .progress import Progress, Throughput
 from .shards import DATA_FILE, check_data, check_same_data, data_files, shard_hashes, tokenizer_file, verify_shards
 
 log = logging.getLogger(__name__)
 
 
-def prepare(config: ExperimentConfig, *, verify_data: bool = False) -> Trainer:
-    """Everything up to the first step. Call it once per process; then ``trainer.fit()`` trains, or goes on training.
+def prepare(config: ExperimentConfig, *, verify_data: bool = False, verbose: bool = False) -> Trainer:
+    """Everything up to the first step. Call it once per process; then ``trainer.fit()`` trains, or resumes training.
 
     :param verify_data: also compare the data's hashes with the manifest's, which reads all of it.
+    :param verbose: show all messages, OLMo-core's too, and not only write them to ``train.log``.
     :raises ValueError: the config, the data or the checkpoint does not fit; nothing but the lock has been written
         then.
     :raises ValueError: another run writes the save folder.
@@ -45,6 +48,7 @@ def prepare(config: ExperimentConfig, *, verify_data: bool = False) -> Trainer:
     check(config)
     check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_data(config)
+    output.begin(verbose=verbose)
     apply_remedies()
     prepare_training_environment(
         seed=config.init_seed, backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -53,7 +57,9 @@ def prepare(config: ExperimentConfig, *, verify_data: bool = False) -> Trainer:
     checkpoint = checkpoint_to_load(config)
     config = check_resume(config, checkpoint)
     verify_shards(config, checkpoint, everything=verify_data)
+    log.info(in_a_line(config))
     trainer = build_trainer(config)
+    output.open_log(run_folder(trainer))
     if checkpoint is not None:
         load(trainer, checkpoint)
     return trainer
@@ -222,6 +228,7 @@ def load(trainer: Trainer, checkpoint: str) -> None:
     own = _is_own(trainer.save_folder, checkpoint)
     if own and trainer.load_path is not None:
         log.warning("trainer.load_path=%s is passed over: the run goes on from %s", trainer.load_path, checkpoint)
+    log.info("resuming from %s", checkpoint)
     whole = True if own else None  # as Trainer.fit: all of a run's own state, else as the trainer is configured
     trainer.load_checkpoint(checkpoint, load_trainer_state=whole, load_optim_state=whole)
 

@@ -119,7 +119,7 @@ def test_a_run_goes_back_to_the_last_intact_checkpoint(unbroken, stopped):
     assert stopped() == 0, stopped.log
     assert stopped.log.count(f"going back to {stopped.folder / 'step4'}") == 1
     assert f"{stopped.folder / 'step8' / WEIGHTS} is damaged" in stopped.log
-    assert "Will resume training from step 4" in stopped.log
+    assert f"resuming from {stopped.folder / 'step4'}" in stopped.log
     assert stopped.curve == unbroken.curve
     assert find_damage(str(stopped.folder / "step8")) is None  # saved again
 

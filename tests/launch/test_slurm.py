@@ -96,7 +96,7 @@ def test_a_job_trains_stops_with_a_checkpoint_goes_back_into_the_queue_and_goes_
     assert max(complete_steps(run)) == step + 2
     assert not (folder / "requeued").exists()
     said = log.read_text()
-    assert re.search(rf"Loading checkpoint from .*step{step}\b", said)
+    assert re.search(rf"resuming from .*step{step}\b", said)
     assert "training ended with exit code 0" in said
 
 

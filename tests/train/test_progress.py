@@ -9,13 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from olmo_core.train.callbacks import CheckpointerCallback
+from olmo_core.train.common import TrainingProgress
 
 from spattn_olmoe.machine import peak_flops
 from spattn_olmoe.model import apply_remedies
 from spattn_olmoe.model.fingerprint import FILE_NAME, Fingerprint
 from spattn_olmoe.train.checkpoints import CheckpointFiles, SafeCheckpointer
 from spattn_olmoe.train.metrics import METRICS_FILE, MetricsFile, read_metrics
-from spattn_olmoe.train.progress import MFU_IF_DENSE, Progress, Throughput, progress_line
+from spattn_olmoe.train.progress import (
+    MFU_IF_DENSE,
+    Progress,
+    Throughput,
+    duration,
+    progress_line,
+    summary_of_losses,
+)
 from spattn_olmoe.train.run import build_trainer
 from tests.model.tiny import one_rank_overrides, tiny
 from tests.train.test_metrics import lines
@@ -36,21 +44,46 @@ def cpu_moe():
 # ---- progress --------------------------------------------------------------------------------------------------------
 
 
+def now(step: int, of: int | None, **speed: float) -> TrainingProgress:
+    return TrainingProgress(current_step=step, current_tokens=0, total_steps=of, time_remaining=None, **speed)
+
+
 def test_a_step_is_one_line():
     metrics = {LOSS: 4.56789, "optim/LR (group 0)": 4e-4, "optim/total grad norm": 1.2345, MFU_IF_DENSE: 31.26}
-    line = progress_line(7, 300, metrics, tps=12345.6, mfu=28.04, eta="0:01:02")
-    assert line == (
-        "step 7/300 | loss 4.5679 | lr 4.00e-04 | grad norm 1.234 | 12,346 tokens/s per device | "
-        "MFU 28.0 % (as if dense 31.3 %) | ETA 0:01:02"
+    metrics["eval/lm/validation/CE loss"] = 4.7
+    assert progress_line(7, metrics, now(7, 300, tps=12345.6, bps=2.0, mfu=28.04)) == (
+        "step 7/300 | loss 4.5679 | held-out 4.7000 | lr 4.00e-04 | grad norm 1.234 | MFU 28.0 % | "
+        "MFU as if dense 31.3 % | 12,346 tokens/s | 2 min left"
     )
 
 
-def test_what_is_not_known_is_not_guessed():
-    line = progress_line(7, None, {LOSS: 1.0}, tps=None, mfu=None, eta="-")
-    assert line == (
-        "step 7/? | loss 1.0000 | lr n/a | grad norm n/a | n/a tokens/s per device | "
-        "MFU n/a % (as if dense n/a %) | ETA -"
+def test_what_is_not_known_is_left_out():
+    assert progress_line(7, {LOSS: 1.0}, now(7, None)) == "step 7/? | loss 1.0000"
+    assert progress_line(7, {LOSS: 1.0}, now(7, 7, tps=10.0, bps=1.0)) == "step 7/7 | loss 1.0000 | 10 tokens/s"
+
+
+def test_several_held_out_losses_have_their_labels():
+    metrics = {LOSS: 1.0, "eval/lm/books/CE loss": 2.0, "eval/lm/code/CE loss": 3.0, "eval/lm/code/PPL": 20.1}
+    assert (
+        progress_line(3, metrics, now(3, 9)) == "step 3/9 | loss 1.0000 | held-out books 2.0000 | held-out code 3.0000"
     )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.2, "0 s"), (99.4, "99 s"), (100, "2 min"), (5940, "99 min"), (6000, "1.7 h"), (3.6e6, "1,000.0 h")],
+)
+def test_a_time_has_the_unit_that_suits_it(seconds, words):
+    assert duration(seconds) == words
+
+
+def test_the_summary_spans_a_run_that_was_resumed():
+    metrics = {1: {LOSS: 7.64}, 10: {LOSS: 6.5, "eval/lm/validation/CE loss": 6.6}, 20: {LOSS: 5.4}, 21: {"a": 1.0}}
+    assert summary_of_losses(metrics, 2048) == [
+        "  loss         7.640 at step 1 (a uniform guess has ln 2048 = 7.625), 5.400 at step 20",
+        "  held-out     6.600 at step 10 (validation)",
+    ]
+    assert summary_of_losses({}, 2048) == []
 
 
 DEVICES = {
@@ -148,4 +181,4 @@ def test_progress_is_logged_once_a_step(caplog, tmp_path):
         build_trainer(experiment(tmp_path, "trainer.no_checkpoints=true")).fit()
     said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("step ")]
     assert [line.split(" |")[0] for line in said] == ["step 1/3", "step 2/3", "step 3/3"]
-    assert all("MFU n/a % (as if dense n/a %)" in line for line in said)
+    assert not any("n/a" in line or "MFU" in line for line in said)
