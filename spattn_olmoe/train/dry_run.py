@@ -19,10 +19,8 @@ from .config import ExperimentConfig
 
 
 def dry_run(config: ExperimentConfig, console: Console | None = None) -> None:
-    """Print the resolved config and what it computes. Builds the model on the meta device only."""
+    """Print what a run computes, as tables. Builds the model on the meta device only."""
     console = console or Console()
-    plain = json.loads(json.dumps(config.as_config_dict()))  # enums become the text they stand for
-    console.print(yaml.safe_dump(plain, sort_keys=False), markup=False, highlight=False, soft_wrap=True)
     model = config.model_with_attention()
     patterns = list(layer_patterns(model))
     console.print(run_table(config))
@@ -31,6 +29,12 @@ def dry_run(config: ExperimentConfig, console: Console | None = None) -> None:
             patterns, config.sequence_length, unread_options(config.attention), ranks=config.ranks_per_layer
         )
     )
+
+
+def resolved(config: ExperimentConfig) -> str:
+    """The whole config with every default in it, as YAML."""
+    plain = json.loads(json.dumps(config.as_config_dict()))  # enums become the text they stand for
+    return yaml.safe_dump(plain, sort_keys=False)
 
 
 def in_a_line(config: ExperimentConfig) -> str:

@@ -7,6 +7,7 @@ import json
 import re
 
 import pytest
+import yaml
 from olmo_core.optim import AdamWConfig, CosWithWarmup
 from olmo_core.train.callbacks import CheckpointerCallback
 from rich.console import Console
@@ -16,7 +17,7 @@ from spattn_olmoe.model.section import layer_patterns
 from spattn_olmoe.settings import read
 from spattn_olmoe.train import load_experiment
 from spattn_olmoe.train.config import decode_experiment
-from spattn_olmoe.train.dry_run import dry_run
+from spattn_olmoe.train.dry_run import dry_run, resolved
 from spattn_olmoe.train.run import check
 from spattn_olmoe.train.wandb import WandB
 from tests.model.tiny import BASE, ROOT, TINY, T, tiny
@@ -289,7 +290,13 @@ def test_a_dry_run_says_what_the_run_costs(name):
     ):
         assert words in text
     assert ("Not read by this type: local_sharing" in in_one_line) == (pattern.name != "spattention")
-    assert f"type: {pattern.name}" in text
+    assert re.search(rf"attention .* {pattern.name}\b", text) and len(text.splitlines()) <= 60
+
+
+def test_the_resolved_config_has_the_defaults_too():
+    config = yaml.safe_load(resolved(tiny("attention.type=eball")))
+    assert config["attention"]["type"] == "eball" and config["trainer"]["hard_stop"] is None
+    assert config["data_loader"]["num_workers"] == 0
 
 
 @pytest.mark.parametrize("type_", ["spattention", "gbhalf", "reformer"])

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.conftest import run_training, training_command, training_environment
+from tests.conftest import ROOT, run_training, training_command, training_environment
 
 LOSS = "train/CE loss"
 
@@ -157,3 +158,24 @@ def test_bad_input_under_torchrun(tiny_yaml: Path, tmp_path: Path):
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "train_module.dp_config" in errors[0]
+
+
+def asked(*arguments: str) -> list[str]:
+    """The lines that a training command prints which starts nothing."""
+    command = training_command(ROOT / "configs/quickstart.yaml", *arguments)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, env=training_environment()
+    ).stdout.splitlines()
+
+
+def test_a_dry_run_is_short_and_knows_a_gpus_memory_when_asked():
+    plain, with_gpus = asked("--dry-run"), asked("--dry-run", "--gpus", "1")
+    assert len(plain) < len(with_gpus) <= 80
+    assert "memory of a GPU" in "\n".join(with_gpus)
+    if not torch.cuda.is_available():
+        assert "memory of a GPU" not in "\n".join(plain) and "--gpus N" in plain[-1]
+
+
+def test_show_prints_one_value_or_all_of_them():
+    assert asked("--show", "attention.type", "attention.type=eball") == ["eball"]
+    assert "  type: eball" in asked("--show", "attention.type=eball")
