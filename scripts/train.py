@@ -65,8 +65,8 @@ def main() -> None:
             ranks = args.gpus or (int(os.environ.get("WORLD_SIZE", "1")) if torch.cuda.is_available() else None)
             if ranks is not None:
                 console.print(memory_table(config, ranks))
-            more = "" if ranks is not None else "; --gpus N estimates the memory of each of N GPUs"
-            console.print(f"--show prints every value of the config{more}", highlight=False)
+            more = "" if ranks is not None else "; --gpus N estimates how much memory each of N GPUs needs"
+            console.print(f"--show prints every value of the config{more}", highlight=False, soft_wrap=True)
             return
         trainer = prepare(config, verify_data=args.verify_data, verbose=args.verbose)
     sys.exit(fit(trainer))  # errors from here on are bugs, so they keep their traceback

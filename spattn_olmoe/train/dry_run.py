@@ -44,7 +44,7 @@ def in_a_line(config: ExperimentConfig) -> str:
     share = sum(p.attended_pairs(T) for p in patterns) / sum(p.n_heads * causal_pairs(T) for p in patterns)
     return (
         f"{config.name}: {short(model.num_params)} parameters, {short(model.num_active_params)} active; "
-        f"{config.plan().type} attends {share:.1%} of dense's pairs; {tokens(config)} tokens; "
+        f"{config.attention['type']} attends {share:.1%} of dense's pairs; {tokens(config)} tokens; "
         f"everything goes to {config.trainer.save_folder}"
     )
 
