@@ -11,7 +11,15 @@ from olmo_core.nn.moe.mlp import DroplessMoEMLP
 from olmo_core.nn.moe.router import MoELinearRouter
 
 from spattn_olmoe.model import apply_remedies
-from spattn_olmoe.model.remedies import REMEDIES, cpu_moe, expert_gradients, grouped_gemm, held_out_loss, release
+from spattn_olmoe.model.remedies import (
+    REMEDIES,
+    cpu_moe,
+    expert_gradients,
+    expert_loop,
+    grouped_gemm,
+    held_out_loss,
+    release,
+)
 
 from .remedy_worker import EXPERTS, ROUTER
 from .tiny import BASE, TINY, run_python, tiny, torchrun
@@ -188,6 +196,63 @@ def test_olmo_core_still_loops_over_experts():
     """Once it takes grouped_mm by itself, ours can go."""
     source = Path(__import__("olmo_core.nn.moe.mlp", fromlist=["mlp"]).__file__).read_text()
     assert "grouped_mm" not in source
+
+
+# ---- experts one by one ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", ["x and w", "x", "w"])
+@pytest.mark.parametrize("trans_b", [False, True])
+@pytest.mark.parametrize("sizes", [[3, 0, 8, 5], [16, 0, 0, 0], [0, 0, 0, 16], [0, 0, 0, 0]], ids=str)
+def test_experts_one_by_one_are_the_loop(sizes, trans_b, wanted):
+    torch.manual_seed(0)
+    x = torch.randn(sum(sizes), 7, dtype=torch.float64, requires_grad="x" in wanted)
+    w = torch.randn(4, *((5, 7) if trans_b else (7, 5)), dtype=torch.float64, requires_grad="w" in wanted)
+    weight = torch.randn(sum(sizes), 5, dtype=torch.float64)
+    out = expert_loop.looped_product(x, w, sizes, trans_b)
+    expected = looped(x, w, sizes, trans_b)
+    torch.testing.assert_close(out, expected, atol=1e-13, rtol=1e-13)
+    leaves = [t for t in (x, w) if t.requires_grad]
+    found = torch.autograd.grad((out * weight).sum(), leaves)
+    for one, other in zip(found, torch.autograd.grad((expected * weight).sum(), leaves), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-13, rtol=1e-13)
+
+
+WRITTEN = """
+import sys, torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from olmo_core.nn.moe.mlp import DroplessMoEMLP
+if sys.argv[1] == "remedied":
+    from spattn_olmoe.model import apply_remedies
+    apply_remedies()
+
+class Written(TorchDispatchMode):
+    numbers = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func.is_view:
+            self.numbers += out.numel()
+        return out
+
+for experts in (8, 64):
+    mlp = DroplessMoEMLP(d_model=4, hidden_size=4, num_experts=experts)
+    mlp._gmm = None
+    x, sizes = torch.randn(1024, 4, requires_grad=True), torch.full((experts,), 1024 // experts)
+    with Written() as written:
+        mlp(x, sizes).sum().backward()
+    print("RESULT", written.numbers)
+"""
+
+
+def test_the_work_of_stock_experts_grows_with_their_square():
+    """Numbers written in a step of 1024 rows, by 8 and by 64 experts whose weights are nearly nothing."""
+    growth = {}
+    for which in ("stock", "remedied"):
+        done = run_python(WRITTEN, which)
+        few, many = (int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("RESULT"))
+        growth[which] = many / few
+    assert growth["remedied"] < 1.5
+    assert growth["stock"] > 3, "OLMo-core no longer needs the remedy for many experts"
 
 
 # ---- gradients on two ranks ------------------------------------------------------------------------------------------

@@ -4,11 +4,21 @@ Every remedy says what is wrong without it, and refuses to touch another release
 OLMo-core no longer needs it.
 """
 
-from . import async_save_metric, cancellation, cpu_moe, expert_gradients, grouped_gemm, held_out_loss, router_gradients
+from . import (
+    async_save_metric,
+    cancellation,
+    cpu_moe,
+    expert_gradients,
+    expert_loop,
+    grouped_gemm,
+    held_out_loss,
+    router_gradients,
+)
 from .release import TESTED_RELEASE
 
 REMEDIES = (
     cpu_moe,
+    expert_loop,
     grouped_gemm,
     expert_gradients,
     router_gradients,

@@ -2,7 +2,7 @@
 
 Without the unmaintained ``grouped_gemm`` package OLMo-core multiplies expert by expert in a Python loop and waits for the
 device to learn each expert's share. PyTorch's own ``grouped_mm`` does it in one launch. It serves bfloat16 on CUDA; any
-other call keeps OLMo-core's loop, in full precision.
+other call keeps a loop, in full precision: :mod:`.expert_loop`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from olmo_core.nn.moe.mlp import DroplessMoEMLP
 from torch import Tensor
 
+from . import expert_loop
 from .release import require_tested_release
-
-_loop = DroplessMoEMLP.gmm
 
 
 def apply() -> None:
@@ -37,7 +36,7 @@ def gmm(self: DroplessMoEMLP, x: Tensor, w: Tensor, batch_sizes: Tensor, trans_b
     # An installed grouped_gemm would round to bfloat16 whatever the dtype; the loop and grouped_mm do not.
     if x.is_cuda and x.dtype == w.dtype == torch.bfloat16:
         return grouped_product(x, w, batch_sizes, trans_b)
-    return _loop(self, x, w, batch_sizes, trans_b)
+    return expert_loop.gmm(self, x, w, batch_sizes, trans_b)
 
 
 def grouped_product(x: Tensor, w: Tensor, batch_sizes: Tensor, trans_b: bool) -> Tensor:
