@@ -70,9 +70,25 @@ def test_figures_of_the_masks_page():
 
 
 def test_links_and_pictures_of_the_pages_exist():
-    for page in ("masks.md", "findings.md", "reproduction.md", "adding_an_attention_type.md"):
-        for target in re.findall(r"\]\(([^)]+)\)", (DOCS / page).read_text()):
-            assert target.startswith("https://") or (DOCS / target.partition("#")[0]).exists(), f"{page}: {target}"
+    for page in [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            known = target.startswith("https://") or (page.parent / target.partition("#")[0]).exists()
+            assert known, f"{page.name}: {target}"
+
+
+def test_one_place_in_readme_and_one_in_kernels_says_that_no_gpu_has_timed_this():
+    words = re.compile(r"No\s+GPU\s+has\s+(been\s+)?(timed|measured)|[Nn]obody\s+has\s+run|No GPU was used|on a GPU yet")
+    found = {page.name: len(words.findall(page.read_text())) for page in [*DOCS.glob("*.md"), ROOT / "README.md"]}
+    assert {name: n for name, n in found.items() if n} == {"README.md": 1, "kernels.md": 1}
+
+
+def test_the_map_names_every_page_and_every_folder():
+    index = (DOCS / "index.md").read_text()
+    for page in DOCS.glob("*.md"):
+        assert page.name == "index.md" or f"({page.name})" in index, page.name
+    packages = [path.parent for path in (ROOT / "spattn_olmoe").glob("*/__init__.py")]
+    for folder in packages:
+        assert f"`spattn_olmoe/{folder.name}`" in index, folder.name
 
 
 @pytest.mark.parametrize(
