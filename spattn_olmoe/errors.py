@@ -65,7 +65,7 @@ def quiet() -> None:
     prepare_cli_environment()  # until then OLMo-core prints what it would log
     for name in ("olmo_core", "spattn_olmoe"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message="Grouped GEMM not available")  # it is done without, see olmo/remedies
+    warnings.filterwarnings("ignore", message="Grouped GEMM not available")  # the loop is ours, see model/remedies
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process loads a checkpoint alone
 
 

@@ -95,7 +95,7 @@ _encoder: Encoder | None = None
 
 
 def start_worker(settings: Settings) -> None:
-    """What a worker process does first: one thread for the tokenizer, and no life after its parent's."""
+    """What a worker process does first: one tokenizer thread; exit when the parent dies."""
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop

@@ -93,7 +93,7 @@ class Manifest:
     def load(cls, directory: str | os.PathLike[str]) -> Manifest:
         """Read ``manifest.json`` without looking at the shards.
 
-        :raises ValueError: there is none, or it is none of ours.
+        :raises ValueError: it is missing, or not written by this package.
         """
         folder = Path(directory)
         path = folder / NAME

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..evaluation.loss import HeldOut
+from ..files import replace_file
 from ..model.checkpoint import Checkpoint
 from ..tables import attention_name, table
 from .heads import DIVERSITIES, measure_heads, plot_heads, summary
@@ -46,7 +47,7 @@ def main(
     folder = Path(out)
     plot_heads(found, folder / "heads.png")
     results = {"data": text.directory, "sequences": len(ids), "definitions": DIVERSITIES, "checkpoints": found}
-    (folder / "heads.json").write_text(json.dumps(results, indent=1) + "\n")
+    replace_file(folder / "heads.json", (json.dumps(results, indent=1) + "\n").encode())
     (folder / "heads.md").write_text(markdown(results))
     return markdown(results)
 
