@@ -67,7 +67,7 @@ PARTS = {
         "the quickstart's loss curve with impl=triton, beside the reference's",
         1200,
         (
-            ("-m", "spattn_olmoe.data.stdlib_corpus", "data/quickstart/corpus"),
+            ("scripts/quickstart_corpus.py", "data/quickstart/corpus"),
             ("scripts/prepare_data.py", "--config", "configs/data/quickstart.yaml"),
             *(_train(folder, *overrides) for folder, overrides in _CURVES.items()),
             ("-m", "benchmarks.loss_curves", *_CURVES),

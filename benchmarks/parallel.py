@@ -1,9 +1,9 @@
 """Training under every parallel layout against one rank: loss, gradient norm and load-balancing loss, step by step.
 
-No time is measured. Gloo processes on this machine's CPU train the tiny float32 model of the tests for five optimiser steps
-under each layout that is let through, and write the largest relative difference from one rank; layouts that are refused are
-written with their reason. Also measured: what the default granularity of the load-balancing loss adds, and runs that are
-stopped and go on under another layout and on another number of ranks.
+No time is measured. Gloo processes on this machine's CPU train the tiny float32 model of ``tiny.py`` for five optimiser
+steps under each layout that is let through, and write the largest relative difference from one rank; layouts that are
+refused are written with their reason. Also measured: what the default granularity of the load-balancing loss adds, and runs
+that are stopped and go on under another layout and on another number of ranks.
 
     python scripts/benchmark.py parallel            # about ten minutes on two cores
     python scripts/benchmark.py parallel --report   # the tables of docs/parallelism.md again, from the stored results
@@ -19,14 +19,14 @@ from typing import Any
 
 from olmo_core.exceptions import OLMoConfigurationError
 
+from benchmarks import layouts
+from benchmarks.layouts import KEYS, LAYOUTS, MICROBATCH, REFUSED, difference
+from benchmarks.tiny import tiny
 from spattn_olmoe import machine
 from spattn_olmoe.patterns import VARIANTS
 from spattn_olmoe.patterns.head_order import imbalance
 from spattn_olmoe.tables import table
 from spattn_olmoe.train.layout import check_layout
-from tests.model import layouts
-from tests.model.layouts import KEYS, LAYOUTS, MICROBATCH, REFUSED, difference
-from tests.model.tiny import tiny
 
 RESULT = Path(__file__).parent / "results" / "cpu" / "parallel.json"
 PAGE = Path(__file__).parents[1] / "docs" / "parallelism.md"

@@ -15,8 +15,6 @@ from spattn_olmoe.errors import Parser, user_errors
 
 SUBCOMMANDS = {
     "attention": "ours against other kernels, under every distance mask",
-    "data": "text to shards, ours against the dolma toolkit and datatrove",
-    "data_resume": "data preparation, killed at random moments: are the bytes the same",
     "soak": "a training run, killed at random moments: is the loss curve the same",
     "memory": "the planner's memory model against real allocations of training, layout by layout",
     "gpu": "everything that takes a GPU, one part after another, resumable",

@@ -19,7 +19,7 @@ run=$("$PY" scripts/train.py --config "$config" --show trainer.save_folder "$@")
 
 if [ ! -f data/quickstart/shards/manifest.json ]; then
   echo "== 1. text: Python's own documentation =="
-  "$PY" -m spattn_olmoe.data.stdlib_corpus data/quickstart/corpus
+  "$PY" scripts/quickstart_corpus.py data/quickstart/corpus
   "$PY" scripts/prepare_data.py --config configs/data/quickstart.yaml
 fi
 

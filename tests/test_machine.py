@@ -41,6 +41,6 @@ def test_plans_and_reproductions_have_the_same_number(tmp_path):
         seeds=1,
         out=tmp_path,
         config=ROOT / "configs/1b7b_spattn.yaml",
-        variants=["spattention"],
+        variants=["sharing"],
     )
     assert cost(run).gpu_hours == planned

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 from ..data import prepare
-from ..data.stdlib_corpus import write_stdlib_corpus
 from ..files import replace_file
 from ..model.checkpoint_files import find_checkpoint
 from ..train.metrics import METRICS_FILE, read_metrics
@@ -33,7 +32,7 @@ from .runs import ROOT, Run, Scale, data_config, steps_of
 from .start import check_same_start, read_start
 
 FORMAT = "spattn_olmoe reproduction run 1"
-TRAIN, EVALUATE = (f"scripts/{name}.py" for name in ("train", "evaluate"))
+TRAIN, EVALUATE, CORPUS = (f"scripts/{name}.py" for name in ("train", "evaluate", "quickstart_corpus"))
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT)
 """Exit statuses of a training that was told to stop."""
 Say = Callable[[str], None]
@@ -79,7 +78,7 @@ def prepare_data(scale: Scale, say: Say) -> None:
     for source in config.sources:
         folder = Path(source.paths[0]).parent if source.paths else None
         if folder and folder.name == "corpus" and not any(folder.glob("*.jsonl")):
-            write_stdlib_corpus(folder)
+            subprocess.run([sys.executable, str(ROOT / CORPUS), str(folder)], env=_environment(), check=True)
     manifest = prepare(config)
     say(f"data: {config.output}, {manifest.train_tokens:,} tokens, {manifest.validation_tokens:,} held out")
 

@@ -11,7 +11,6 @@ from corpora import ROOT, read_ids, write_jsonl
 from tokenizers import Tokenizer
 
 from spattn_olmoe.data import DataConfig, TokenizerSection, prepare, train_tokenizer
-from spattn_olmoe.data.stdlib_corpus import write_stdlib_corpus
 from spattn_olmoe.data.tokenizer import find_tokenizer, parse_tokenizer, vocab_size
 
 NEOX = "allenai/gpt-neox-olmo-dolma-v1_5"
@@ -123,14 +122,3 @@ def test_a_tokenizer_is_trained_on_the_sources(documents: list[str], make_config
     config.tokenizer.train_vocab_size = 501
     with pytest.raises(ValueError, match=r"expected 501, found 500"):
         prepare(config)
-
-
-def test_the_stdlib_corpus_is_large_unique_and_the_same_every_time(tmp_path: Path) -> None:
-    import json
-
-    files = write_stdlib_corpus(tmp_path / "a")
-    again = write_stdlib_corpus(tmp_path / "b")
-    assert [p.read_bytes() for p in files] == [p.read_bytes() for p in again]
-    texts = [json.loads(line)["text"] for path in files for line in path.read_text().splitlines()]
-    assert len(texts) == len(set(texts)) > 2000 and sum(map(len, texts)) > 1_500_000
-    assert any("with_statement" in text or 'The "with" statement' in text for text in texts)

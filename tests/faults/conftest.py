@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tiny import write_data
 from tests.faults.processes import Run
-from tests.model.tiny import write_data
 
 
 @pytest.fixture(scope="session")

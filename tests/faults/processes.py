@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.model.tiny import BASE, ROOT, TINY, environment, run_overrides
+from benchmarks.tiny import BASE, ROOT, TINY, environment, run_overrides
 
 SCRIPT = ROOT / "scripts" / "train.py"
 LIMIT = 300.0

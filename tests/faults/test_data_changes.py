@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.tiny import write_data
 from tests.faults.processes import Run
-from tests.model.tiny import write_data
 
 
 @pytest.fixture

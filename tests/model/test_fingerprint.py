@@ -7,10 +7,9 @@ import json
 
 import pytest
 
+from benchmarks.tiny import HEADS, T, tiny
 from spattn_olmoe.model import with_attention
 from spattn_olmoe.model.fingerprint import FILE_NAME, Fingerprint, check_checkpoint
-
-from .tiny import HEADS, T, tiny
 
 
 def model(base=None, band_length=T, **section):

@@ -11,12 +11,11 @@ import torch
 from olmo_core.distributed.checkpoint import save_model_and_optim_state
 from olmo_core.generate.generation_module import GenerationConfig, TransformerGenerationModule
 
+from benchmarks.tiny import PAD, VOCAB, tiny, write_data
 from spattn_olmoe.model import apply_remedies, with_attention
 from spattn_olmoe.model.checkpoint import generate, load_generator, load_tokenizer, read_checkpoint_config
 from spattn_olmoe.model.checkpoint_files import resolve_checkpoint
 from spattn_olmoe.patterns import available_variants, find_variant
-
-from .tiny import PAD, VOCAB, tiny, write_data
 
 N, PROMPT, NEW = 40, 12, 20
 MASKS = list(map(find_variant, available_variants()))

@@ -7,9 +7,8 @@ import copy
 import pytest
 import torch
 
+from benchmarks.tiny import EOS, PAD, VOCAB, tiny
 from spattn_olmoe.model import apply_remedies, hf, with_attention
-
-from .tiny import EOS, PAD, VOCAB, tiny
 
 transformers = pytest.importorskip("transformers")
 

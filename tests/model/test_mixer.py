@@ -20,12 +20,11 @@ from olmo_core.nn.attention.base import SequenceMixerConfig
 from olmo_core.nn.layer_norm import LayerNormConfig
 from olmo_core.nn.rope import RoPEConfig
 
+from benchmarks.tiny import run_python, tiny
 from spattn_olmoe import build_pattern
 from spattn_olmoe.kernels import flex, strips
 from spattn_olmoe.model import PatternAttention, PatternAttentionConfig, mixer, with_attention
 from spattn_olmoe.patterns import available_variants, find_variant
-
-from .tiny import run_python, tiny
 
 D_MODEL, N = 32, 48
 DENSE = {"n_heads": 4, "bias": False, "rope": RoPEConfig(), "qk_norm": LayerNormConfig(bias=False)}

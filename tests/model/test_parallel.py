@@ -18,13 +18,12 @@ from olmo_core.nn.lm_head import LMOutputWithLoss
 from olmo_core.train.train_module.transformer.pipeline.pipeline_schedule import CustomPipelineStage
 
 from benchmarks import parallel
+from benchmarks.layouts import LAYOUTS, REFUSED, Resumed, difference, ep, hsdp, recomputing, tp, train, ulysses
+from benchmarks.tiny import T, tiny
 from spattn_olmoe.model.fingerprint import FILE_NAME, Fingerprint
 from spattn_olmoe.patterns import VARIANTS
 from spattn_olmoe.train.layout import check_layout
 from spattn_olmoe.train.run import with_order_of
-
-from .layouts import LAYOUTS, REFUSED, Resumed, difference, ep, hsdp, recomputing, tp, train, ulysses
-from .tiny import T, tiny
 
 TESTED = {  # by the number of ranks and the attention
     (2, "sharing"): ("ddp", "hsdp+ep", "fsdp+tp", "ddp+ulysses", "hsdp+ep, recomputing modules"),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from olmo_core.nn.moe.mlp import DroplessMoEMLP
 from olmo_core.nn.moe.router import MoELinearRouter
 
+from benchmarks.tiny import BASE, TINY, run_python, tiny, torchrun
 from spattn_olmoe.model import apply_remedies
 from spattn_olmoe.model.remedies import (
     REMEDIES,
@@ -22,7 +23,6 @@ from spattn_olmoe.model.remedies import (
 )
 
 from .remedy_worker import EXPERTS, ROUTER
-from .tiny import BASE, TINY, run_python, tiny, torchrun
 
 # ---- the release -----------------------------------------------------------------------------------------------------
 

@@ -7,12 +7,11 @@ import copy
 import pytest
 from olmo_core.nn.transformer import TransformerConfig
 
+from benchmarks.tiny import HEADS, T, tiny
 from spattn_olmoe import build_pattern
 from spattn_olmoe.model import PatternAttentionConfig, apply_remedies, attach, with_attention
 from spattn_olmoe.model.fingerprint import Fingerprint
 from spattn_olmoe.model.section import layer_patterns, unread_options
-
-from .tiny import HEADS, T, tiny
 
 
 @pytest.fixture(scope="module")

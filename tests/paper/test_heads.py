@@ -14,12 +14,12 @@ from scipy.spatial.distance import cosine, jensenshannon
 from scipy.stats import entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.tiny import HEADS, LAYERS, VOCAB, tiny
 from spattn_olmoe import build_pattern
 from spattn_olmoe.kernels import reference
 from spattn_olmoe.model.remedies import apply_remedies
 from spattn_olmoe.paper import heads
 from spattn_olmoe.paper.heads import DIVERSITIES, LayerHeads, measure_heads, summary
-from tests.model.tiny import HEADS, LAYERS, VOCAB, tiny
 
 
 def dense(q: torch.Tensor, k: torch.Tensor, pattern, scale: float) -> np.ndarray:

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.tiny import tiny
 from spattn_olmoe.evaluation.suites import SUITES
 from spattn_olmoe.machine import ASSUMED_MFU, GPUS
 from spattn_olmoe.paper.measure import suite_command, train_command
 from spattn_olmoe.paper.runs import ROOT, SCALES, TABLES, config_key, cost, plan_runs
 from spattn_olmoe.paper.start import check_same_start, hash_weights
 from spattn_olmoe.patterns import VARIANTS
-from tests.model.tiny import tiny
 
 
 def plan(table: str, scale: str, seeds: int = 1, **kwargs):

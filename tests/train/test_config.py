@@ -12,6 +12,7 @@ from olmo_core.optim import AdamWConfig, CosWithWarmup
 from olmo_core.train.callbacks import CheckpointerCallback
 from rich.console import Console
 
+from benchmarks.tiny import BASE, ROOT, TINY, T, tiny
 from spattn_olmoe.model.flops import flops_per_token
 from spattn_olmoe.model.section import layer_patterns
 from spattn_olmoe.settings import read
@@ -20,7 +21,6 @@ from spattn_olmoe.train.config import decode_experiment
 from spattn_olmoe.train.dry_run import dry_run, resolved
 from spattn_olmoe.train.run import check
 from spattn_olmoe.train.wandb import WandB
-from tests.model.tiny import BASE, ROOT, TINY, T, tiny
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 TYPES = {"spattn": "spattention"}  # where a file's name is not the type's

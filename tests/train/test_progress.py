@@ -11,6 +11,7 @@ import torch
 from olmo_core.train.callbacks import CheckpointerCallback
 from olmo_core.train.common import TrainingProgress
 
+from benchmarks.tiny import one_rank_overrides, tiny
 from spattn_olmoe.machine import peak_flops
 from spattn_olmoe.model import apply_remedies
 from spattn_olmoe.model.fingerprint import FILE_NAME, Fingerprint
@@ -25,7 +26,6 @@ from spattn_olmoe.train.progress import (
     summary_of_losses,
 )
 from spattn_olmoe.train.run import build_trainer
-from tests.model.tiny import one_rank_overrides, tiny
 from tests.train.test_metrics import lines
 
 LOSS = "train/CE loss"

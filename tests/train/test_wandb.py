@@ -6,9 +6,9 @@ import json
 
 import pytest
 
+from benchmarks.tiny import BASE, TINY, one_rank_overrides, run_python
 from spattn_olmoe.train.metrics import read_metrics
 from spattn_olmoe.train.wandb import WandB
-from tests.model.tiny import BASE, TINY, one_rank_overrides, run_python
 
 LOSS = "train/CE loss"
 

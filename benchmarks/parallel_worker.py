@@ -25,12 +25,13 @@ METRICS = ("train/CE loss", "optim/total grad norm", "train/load balancing loss"
 
 def forget_head_offsets(trainer: Trainer) -> None:
     """Make every rank take its heads for the first ones of the model."""
-    for module in trainer.train_module.model.modules():
+    for module in trainer.train_module.model.modules():  # type: ignore[attr-defined]
         if isinstance(module, PatternAttention):
             backend = module.backend
             backend.head_offset = 0
             if backend.cp_enabled:  # the offset that the exchange of heads adds, taken away again
                 group = backend.cp_pg
+                assert group is not None
                 backend.head_offset = -group.rank() * (module.n_heads // group.size())
 
 

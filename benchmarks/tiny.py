@@ -1,4 +1,7 @@
-"""A tiny OLMoE with everything that the real one has, its data, and runs of it on several ranks."""
+"""A tiny OLMoE with everything that the real one has, its data, and runs of it on several ranks.
+
+Benchmarks and tests share it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from spattn_olmoe.data.writer import Shard
 from spattn_olmoe.files import hash_file
 from spattn_olmoe.train import ExperimentConfig, load_experiment
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 BASE = ROOT / "configs" / "base" / "olmoe.yaml"
 
 T, VOCAB, LAYERS, HEADS = 32, 64, 2, 4

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tiny import BASE, TINY, T, run_overrides, torchrun, write_data, write_json
 from spattn_olmoe.patterns import VARIANTS
-
-from .tiny import BASE, TINY, T, run_overrides, torchrun, write_data, write_json
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 

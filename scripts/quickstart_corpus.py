@@ -1,4 +1,4 @@
-"""A corpus that every CPython has on board: python -m spattn_olmoe.data.stdlib_corpus FOLDER
+"""A corpus that every CPython has on board: python scripts/quickstart_corpus.py FOLDER
 
 The language reference (``pydoc_data.topics``), the licence, and the standard library's docstrings laid out much as
 ``help()`` does, in ``.jsonl`` files of ``{"text": ..., "id": ...}``. It is read from the library's source files,
@@ -16,8 +16,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import Parser, user_errors
-from ..files import replace_file
+from spattn_olmoe.errors import Parser, user_errors
+from spattn_olmoe.files import replace_file
 
 _SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "pydoc_data", "lib2to3"}
 _SHORTEST = 80

@@ -1,0 +1,27 @@
+"""The corpus that every CPython has on board."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT, training_environment
+
+
+def write_stdlib_corpus(folder: Path) -> list[Path]:
+    command = [sys.executable, str(ROOT / "scripts/quickstart_corpus.py"), str(folder)]
+    done = subprocess.run(command, env=training_environment(), capture_output=True, text=True, timeout=300, check=True)
+    files = [Path(line.split()[0]) for line in done.stdout.splitlines()]
+    assert files == sorted(folder.glob("*.jsonl"), key=files.index) and files
+    return files
+
+
+def test_the_stdlib_corpus_is_large_unique_and_the_same_every_time(tmp_path: Path) -> None:
+    files = write_stdlib_corpus(tmp_path / "a")
+    again = write_stdlib_corpus(tmp_path / "b")
+    assert [p.read_bytes() for p in files] == [p.read_bytes() for p in again]
+    texts = [json.loads(line)["text"] for path in files for line in path.read_text().splitlines()]
+    assert len(texts) == len(set(texts)) > 2000 and sum(map(len, texts)) > 1_500_000
+    assert any("with_statement" in text or 'The "with" statement' in text for text in texts)
