@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ def steps(device: str) -> list[training.Setting]:
     return [training.Setting("quickstart", 1024, False)]
 
 
-def main(args: argparse.Namespace, describe: Callable[[str], dict[str, Any]]) -> None:
+def main(args: argparse.Namespace) -> None:
     """Measure both, and write ``throughput.json`` and ``throughput.md``.
 
     :param args: of ``scripts/reproduce.py``.
@@ -58,7 +57,7 @@ def main(args: argparse.Namespace, describe: Callable[[str], dict[str, Any]]) ->
     wanted = {str(setting) for setting in settings}
     results = {
         "format": "spattn_olmoe throughput 1",
-        "machine": describe(device),
+        "machine": machine.describe(device),
         "attention": rows,
         "training": [row for row in stored if row["setting"] in wanted],
     }

@@ -47,9 +47,8 @@ def main() -> None:
             from benchmarks.throughput import main as reproduce
         else:
             from spattn_olmoe.paper.commands import main as reproduce
-        from spattn_olmoe.machine import describe
 
-        reproduce(args, describe)
+        reproduce(args)
 
 
 if __name__ == "__main__":

@@ -5,23 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..machine import ASSUMED_MFU, GPUS
+from ..machine import ASSUMED_MFU, GPUS, default_device, describe
 from ..patterns import find_variant
 from . import appendix, masks, report
 from .measure import check_device, prepare_data, run_all, suite_command, train_command
 from .runs import CONFIGS, SCALES, TABLES, Run, Scale, Table, cost, plan_runs
 
-Describe = Callable[[str], dict[str, Any]]
-"""What a machine is, by kind of device: :func:`spattn_olmoe.machine.describe`."""
 
-
-def main(args: argparse.Namespace, describe: Describe) -> None:
+def main(args: argparse.Namespace) -> None:
     """Do one target.
 
     :raises ValueError: arguments that do not fit together, or cannot be honoured.
@@ -29,26 +24,26 @@ def main(args: argparse.Namespace, describe: Describe) -> None:
     out = args.out or Path("runs") / "reproduce" / args.scale
     args.jobs = _jobs(args.jobs, SCALES[args.scale])
     if args.target in TABLES:
-        _table(args, out, describe)
+        _table(args, out)
     elif args.target == "appendix_a":
-        _appendix_a(args, out, describe)
+        _appendix_a(args, out)
     else:
         figure = masks.figure_1() if args.target == "figure1" else masks.figure_2()
         _say(str(masks.save(figure, out / f"{args.target}.png")))
 
 
-def _table(args: argparse.Namespace, out: Path, describe: Describe) -> None:
+def _table(args: argparse.Namespace, out: Path) -> None:
     scale = SCALES[args.scale]
     runs = _runs(args, scale, TABLES[args.target], out, _variants(args.variants))
     if args.dry_run:
         _print_plan(runs, scale, args.target)
         return
-    results = _finish(args, scale, runs, args.target, out, describe)
+    results = _finish(args, scale, runs, args.target, out)
     for path in report.write(args.target, runs, results, scale, out):
         _say(str(path))
 
 
-def _appendix_a(args: argparse.Namespace, out: Path, describe: Describe) -> None:
+def _appendix_a(args: argparse.Namespace, out: Path) -> None:
     scale = SCALES[args.scale]
     if scale.name != "cpu":
         raise ValueError(
@@ -61,8 +56,8 @@ def _appendix_a(args: argparse.Namespace, out: Path, describe: Describe) -> None
     if args.dry_run:
         _print_plan(runs, scale, args.target)
         return
-    _finish(args, scale, runs, "table3", out, describe)
-    for path in appendix.write(appendix.measure(runs, describe(_device())), out):
+    _finish(args, scale, runs, "table3", out)
+    for path in appendix.write(appendix.measure(runs, describe(default_device())), out):
         _say(str(path))
 
 
@@ -75,18 +70,12 @@ def _runs(args: argparse.Namespace, scale: Scale, table: Table, out: Path, varia
     )
 
 
-def _finish(
-    args: argparse.Namespace, scale: Scale, runs: list[Run], table: str, out: Path, describe: Describe
-) -> list[dict[str, Any]]:
+def _finish(args: argparse.Namespace, scale: Scale, runs: list[Run], table: str, out: Path) -> list[dict[str, Any]]:
     """Bring runs to their end; their results."""
     check_device(scale)
     if args.config is None and scale.config is not None:
         prepare_data(scale, _say)
-    return run_all(runs, scale, table, out=out, jobs=args.jobs, describe=lambda: describe(_device()), say=_say)
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return run_all(runs, scale, table, out=out, jobs=args.jobs, say=_say)
 
 
 def _say(line: str) -> None:

@@ -24,6 +24,7 @@ import torch
 
 from ..data import prepare
 from ..files import replace_file
+from ..machine import default_device, describe
 from ..model.checkpoint_files import find_checkpoint
 from ..train.metrics import METRICS_FILE, read_metrics
 from . import held_out
@@ -90,13 +91,11 @@ def run_all(
     *,
     out: Path,
     jobs: int,
-    describe: Callable[[], dict[str, Any]],
     say: Say,
 ) -> list[dict[str, Any]]:
     """Train and evaluate all runs that are not finished; the results of all, in the order of ``runs``.
 
     :param jobs: runs that train at the same time. They do not know of one another, so it changes no result.
-    :param describe: what a result says of the machine that made it.
     :raises ValueError: training failed or was stopped, or runs that are to be compared did not start alike.
     """
     results: dict[str, dict[str, Any]] = {run.name: done for run in runs if (done := _read_result(out, run))}
@@ -114,7 +113,7 @@ def run_all(
             futures = {pool.submit(_train, run, scale, children, stop, say): run for run in waiting}
             for future in as_completed(futures):
                 run, how = futures[future], future.result()
-                result = result_of(run, describe())
+                result = result_of(run, describe(default_device()))
                 _write_result(out, run, result)
                 results[run.name] = result
                 say(f"[{runs.index(run) + 1}/{len(runs)}] {_line(result)}{how}")
