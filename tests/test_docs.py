@@ -77,7 +77,9 @@ def test_links_and_pictures_of_the_pages_exist():
 
 
 def test_one_place_in_readme_and_one_in_kernels_says_that_no_gpu_has_timed_this():
-    words = re.compile(r"No\s+GPU\s+has\s+(been\s+)?(timed|measured)|[Nn]obody\s+has\s+run|No GPU was used|on a GPU yet")
+    words = re.compile(
+        r"No\s+GPU\s+has\s+(been\s+)?(timed|measured)|[Nn]obody\s+has\s+run|No GPU was used|on a GPU yet"
+    )
     found = {page.name: len(words.findall(page.read_text())) for page in [*DOCS.glob("*.md"), ROOT / "README.md"]}
     assert {name: n for name, n in found.items() if n} == {"README.md": 1, "kernels.md": 1}
 
