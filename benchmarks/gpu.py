@@ -1,6 +1,6 @@
 """Everything that takes a GPU, in one command that can be interrupted: correctness, speed, training, loss curves, tiles.
 
-    python scripts/benchmark.py gpu                     # all parts; run it again to go on where it stopped
+    python scripts/benchmark.py gpu                     # all parts; run it again to resume
     python scripts/benchmark.py gpu --minutes 9         # stop after so long, between parts or within one
     python scripts/benchmark.py gpu --parts tests loss  # only these
     python scripts/benchmark.py gpu --dry-run           # only say what would be run
@@ -86,7 +86,7 @@ PARTS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all, in this order")
-    parser.add_argument("--minutes", type=float, help="stop after so long; run again to go on")
+    parser.add_argument("--minutes", type=float, help="stop after so long; run again to resume")
     parser.add_argument("--again", action="store_true", help="also the parts that ended well at this commit")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
 

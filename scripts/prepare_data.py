@@ -1,6 +1,6 @@
 """Turn text into token shards: python scripts/prepare_data.py --config configs/data/quickstart.yaml [key=value ...]
 
-Run the same command again to go on after any interruption. On several machines give each its --part i/n, then run once
+After any interruption, run the same command again: it resumes. On several machines give each its --part i/n, then run once
 more with --merge.
 """
 
@@ -42,7 +42,7 @@ def main() -> None:
                 with progress_bar(console) as report:
                     manifest = prepare(config, report)
         except KeyboardInterrupt:
-            fail("stopped; run the same command again to go on", 1)
+            fail("stopped; run the same command again to resume", 1)
     console.print(summary_table(manifest))
     for warning in warnings(manifest):
         console.print(f"warning: {warning}", soft_wrap=True)

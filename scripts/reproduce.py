@@ -6,7 +6,7 @@ python scripts/reproduce.py figure1
 python scripts/reproduce.py appendix_a
 python scripts/reproduce.py throughput
 
-Run the same command again to go on after any interruption: what is finished is not done again.
+After any interruption, run the same command again: it resumes, and repeats nothing that is finished.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def _train(run: Run, scale: Scale, children: list[subprocess.Popen[bytes]], stop
         if code and code not in STOPPED:
             raise ValueError(f"{run.name}: training ended with exit code {code}: {_last_error(log)}")
         if (done := trained_steps(run.folder)) < steps:
-            raise ValueError(f"{run.name}: stopped after {done} of {steps} steps: run the same command again to go on")
+            raise ValueError(f"{run.name}: stopped after {done} of {steps} steps: run the same command again to resume")
         return f", resumed at step {before}" if before else ""
 
 

@@ -44,8 +44,8 @@ def fit(trainer: Trainer) -> int:
         raise
     except BaseException:
         if get_world_size() > 1:
-            # Threads of this process may wait for other ranks, as those wait for this one. Only once it is gone does the
-            # launcher end them.
+            # Background threads may be blocked on other ranks, so a normal exit could hang. Exit hard; the launcher then
+            # stops the other ranks.
             sys.excepthook(*sys.exc_info())
             sys.stdout.flush()
             sys.stderr.flush()
@@ -56,14 +56,15 @@ def fit(trainer: Trainer) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         if trainer.is_canceled and trainer._cancel_reason == f"{number.name} received":
             log.warning(
-                "ended by %s at step %d: start the same command again to go on", number.name, trainer.global_step
+                "ended by %s at step %d: start the same command again to resume", number.name, trainer.global_step
             )
             return 128 + number
     return 0
 
 
 def _outside_the_steps(trainer: Trainer, number: int, frame: FrameType | None) -> None:
-    """SIGTERM where the trainer does not handle it: before the first step it ends the process, behind the last it waits.
+    """SIGTERM where the trainer does not handle it: before the first step it ends the process, after the last
+    it is ignored until the run has ended.
 
     A launcher and a cluster may both send it, and the second one must not end the process while it saves.
     """

@@ -136,7 +136,7 @@ def test_a_polite_stop_is_one_line_and_goes_on_later(
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert errors.strip() == "error: stopped; run the same command again to go on"
+    assert errors.strip() == "error: stopped; run the same command again to resume"
     assert subprocess.run(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, check=False).returncode == 0
     assert folder_bytes(tmp_path / "out") == straight[0]
 
