@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 from typing import Any
 
 from benchmarks.timing import take_turns
@@ -81,21 +82,15 @@ def questions(tasks: list[str], limit: int) -> list[Any]:
 def transformers_lm(ours: Any, batch_size: int) -> Any:
     """lm-eval's own model around transformers' OLMoE with our weights and our tokenizer."""
     from lm_eval.models.huggingface import HFLM
-    from transformers import OlmoeForCausalLM, PreTrainedTokenizerFast
 
-    from spattn_olmoe.model.hf import to_transformers, transformers_config
+    from spattn_olmoe.model.hf.export import export
 
-    model, ids = ours.checkpoint.model, ours.checkpoint.config["dataset"]["tokenizer"]
-    config = transformers_config(
-        model, max_length=ours.max_length, eos_token_id=ids["eos_token_id"], pad_token_id=ids["pad_token_id"]
-    )
-    theirs = OlmoeForCausalLM(config)
-    theirs.load_state_dict(to_transformers(ours._module.model.state_dict(), model))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=ours._tokenizer,
-        eos_token=ours._tokenizer.id_to_token(ids["eos_token_id"]),
-        pad_token=ours._tokenizer.id_to_token(ids["pad_token_id"]),
-    )
-    return HFLM(
-        pretrained=theirs.eval(), tokenizer=tokenizer, max_length=ours.max_length, batch_size=batch_size, device="cpu"
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        export(ours.checkpoint, f"{folder}/exported")
+        return HFLM(
+            pretrained=f"{folder}/exported",
+            trust_remote_code=True,
+            max_length=ours.max_length,
+            batch_size=batch_size,
+            device="cpu",
+        )

@@ -66,22 +66,16 @@ def test_a_score_depends_on_nothing_beside_its_request(checkpoint_of, name, opti
             assert greedy == expected[i][1]
 
 
-def test_transformers_olmoe_under_lm_evals_own_model_scores_alike(checkpoint_of):
-    transformers = pytest.importorskip("transformers")
-    from lm_eval.models.huggingface import HFLM
+@pytest.mark.parametrize(("name", "options"), [("standard", {}), ("spattention", {"local_sharing": True})])
+def test_an_export_under_lm_evals_own_model_scores_alike(checkpoint_of, tmp_path, name, options):
+    pytest.importorskip("transformers")
+    from spattn_olmoe.model.hf.export import export
 
-    from spattn_olmoe.model.hf import to_transformers, transformers_config
-
-    ours = SPAttnLM(checkpoint_of("standard"), max_length=64)
-    config = transformers_config(ours.checkpoint.model, max_length=64, eos_token_id=0, pad_token_id=1)
-    model = transformers.OlmoeForCausalLM(config)
-    model.load_state_dict(to_transformers(ours._module.model.state_dict(), ours.checkpoint.model))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=ours._tokenizer,
-        eos_token=ours._tokenizer.id_to_token(ours.eot_token_id),
-        pad_token=ours._tokenizer.id_to_token(1),
+    ours = SPAttnLM(checkpoint_of(name, **options), max_length=64)
+    export(ours.checkpoint, tmp_path / "exported")
+    theirs = get_model("hf").create_from_arg_string(
+        f"pretrained={tmp_path / 'exported'},trust_remote_code=True,max_length=64", {"batch_size": 8, "device": "cpu"}
     )
-    theirs = HFLM(pretrained=model.eval(), tokenizer=tokenizer, max_length=64, batch_size=8, device="cpu")
     requests = instances("loglikelihood", *pairs())
     for a, b in zip(ours.loglikelihood(requests), theirs.loglikelihood(requests), strict=True):
         assert a[0] == pytest.approx(b[0], abs=1e-4)

@@ -1,0 +1,117 @@
+"""A published OLMoE as a checkpoint of OLMo-core, read and written one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from olmo_core.distributed.checkpoint.filesystem import RemoteFileSystemWriter
+from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.nn.transformer import TransformerConfig
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from ...data.tokenizer import parse_tokenizer, vocab_size
+from ..checkpoints import write_checksums
+from ..fingerprint import FILE_NAME, Fingerprint
+from ..generation import TOKENIZER_FILE
+from ..section import BASELINE, with_attention
+from .config import hf_config, require_same_model
+from .export import Published, complete_or_absent, read_json, require_weights
+from .weights import Shape
+
+
+def import_published(
+    source: str | Path, to: str | Path, experiment: dict[str, Any], model: TransformerConfig, *, yaml: str
+) -> TransformerConfig:
+    """Write the weights of a folder in transformers' format as a checkpoint with dense attention.
+
+    The checkpoint holds weights, ``config.json``, ``attention.json``, the folder's ``tokenizer.json`` and checksums; no state
+    of an optimiser and no step. The folder is complete or not there.
+
+    :param source: a folder of safetensors, sharded or not, experts one by one or fused.
+    :param to: a folder that does not exist yet.
+    :param experiment: what the checkpoint's ``config.json`` says besides the model.
+    :param model: the model that the weights must be of; its attention is taken as dense.
+    :param yaml: where ``model`` comes from, for messages.
+    :returns: the model as the checkpoint has it.
+    :raises OLMoConfigurationError: another architecture, a key, a weight or a shape that does not fit, or no room.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        raise OLMoConfigurationError(f"--from {source}: there is no such folder")
+    length, tokenizer = experiment["dataset"]["sequence_length"], experiment["dataset"]["tokenizer"]
+    dense = with_attention(model, band_length=length, type=BASELINE)
+    wanted = hf_config(
+        dense,
+        max_length=length,
+        eos_token_id=tokenizer["eos_token_id"],
+        pad_token_id=tokenizer["pad_token_id"],
+        dtype="float32",
+    )
+    require_same_model(read_json(source / "config.json"), wanted, str(source / "config.json"), yaml)
+    shape, weights = Shape.of(wanted), Published(source)
+    fused = any(name.endswith("experts.gate_up_proj") for name in weights.shapes)
+    require_weights(weights.shapes, shape.published(fused), str(source))
+    _check_dtypes(weights)
+    _check_tokenizer(source, dense.vocab_size)
+    with complete_or_absent(to, sum(path.stat().st_size for path in source.glob("*.safetensors"))) as folder:
+        _save(folder, shape, weights, fused)
+        (folder / "config.json").write_text(json.dumps(experiment | {"model": _json(dense)}))
+        (folder / FILE_NAME).write_text(Fingerprint.of(dense).to_json())
+        shutil.copyfile(source / TOKENIZER_FILE, folder / TOKENIZER_FILE)
+        write_checksums(folder, rank=0, ranks=1)
+    return dense
+
+
+def _check_dtypes(weights: Published) -> None:
+    first, *others = sorted(weights.dtypes, key=lambda name: name != "model.norm.weight")
+    dtype = weights.dtypes[first]
+    for name in others:
+        if weights.dtypes[name] != dtype:
+            raise OLMoConfigurationError(f"{weights.folder}: {name} is {weights.dtypes[name]} but {first} is {dtype}")
+    if dtype not in ("F32", "BF16", "F16"):
+        raise OLMoConfigurationError(f"{weights.folder}: weights are {dtype}: give those that were not quantized")
+
+
+def _json(model: TransformerConfig) -> dict[str, Any]:
+    return model.as_dict(
+        exclude_private_fields=True, include_class_name=True, include_registered_name=True, json_safe=True, recurse=True
+    )
+
+
+def _check_tokenizer(source: Path, n_ids: int) -> None:
+    path = source / TOKENIZER_FILE
+    if not path.is_file():
+        raise OLMoConfigurationError(f"{path} is missing: the checkpoint needs the tokenizer that the weights know")
+    if (size := vocab_size(parse_tokenizer(path.read_bytes(), str(path)))) > n_ids:
+        raise OLMoConfigurationError(
+            f"{path} has {size} ids but the model only {n_ids}: it is another model's tokenizer"
+        )
+
+
+def _save(folder: Path, shape: Shape, weights: Published, fused: bool) -> None:
+    """Weights alone, in OLMo-core's format: the checkpoint's own folder is where it looks for those."""
+    dtype = weights.read("model.norm.weight").dtype
+    described = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in shape.core().items()}
+    save(
+        {"model": described},
+        storage_writer=RemoteFileSystemWriter(folder, thread_count=1),
+        planner=_Lazily(shape, weights, fused),
+        no_dist=True,
+    )
+
+
+class _Lazily(DefaultSavePlanner):
+    """Makes each tensor when it is written: a state dict of descriptions is saved, with little memory."""
+
+    def __init__(self, shape: Shape, weights: Published, fused: bool):
+        super().__init__()
+        self.shape, self.weights, self.fused = shape, weights, fused
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self.shape.from_published(index.fqn.removeprefix("model."), self.weights.read, self.fused)

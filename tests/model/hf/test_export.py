@@ -1,0 +1,168 @@
+"""Exports as a stranger's machine reads them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from olmo_core.exceptions import OLMoConfigurationError
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from spattn_olmoe.model.checkpoint import Checkpoint
+from spattn_olmoe.model.hf import export as exporting
+from spattn_olmoe.model.hf.export import Published, export, verify
+from tests.conftest import ROOT
+from tests.model.tiny import VOCAB
+
+SHARED = {"type": "spattention", "local_sharing": True}
+
+ALONE = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("spattn_olmoe", "olmo_core"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+import torch
+from transformers import AutoModelForCausalLM
+folder, ids, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+with torch.no_grad():
+    torch.save(model(torch.load(ids)).logits, out)
+"""
+
+
+@torch.no_grad()
+def test_it_stands_alone(exported, tmp_path):
+    pair = exported(SHARED)
+    ids = torch.randint(2, VOCAB, (2, 60), generator=torch.Generator().manual_seed(2))
+    torch.save(ids, tmp_path / "ids.pt")
+    command = [sys.executable, "-c", ALONE, str(pair.folder), str(tmp_path / "ids.pt"), str(tmp_path / "logits.pt")]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), pair.native(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_are_those_of_training(exported):
+    pair = exported(SHARED)
+    tokenizer = AutoTokenizer.from_pretrained(pair.folder)
+    text = "w5 w6 w0 w63"  # w0 is the end of a document by name, and text here
+    assert tokenizer(text).input_ids == pair.checkpoint.tokenizer().encode(text, add_special_tokens=False).ids
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.model_max_length) == (0, 1, 48)
+
+
+def test_verify_finds_nothing_and_then_a_changed_bit(exported, tmp_path):
+    pair = exported(SHARED)
+    found = verify(pair.checkpoint, pair.folder)
+    assert found["tensors"] == len(Published(pair.folder).shapes)
+    assert found["tokens"] == 48
+    assert found["largest_difference"] < 1e-5
+    shutil.copytree(pair.folder, tmp_path / "changed")
+    file = sorted((tmp_path / "changed").glob("*.safetensors"))[1]
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    tensors[name].view(torch.int32).flatten()[0] += 1
+    save_file(tensors, file)
+    with pytest.raises(OLMoConfigurationError, match=f"--verify: {name}"):
+        verify(pair.checkpoint, tmp_path / "changed")
+
+
+def test_bfloat16_is_the_rounded_weights(exported, tmp_path):
+    pair = exported(SHARED)
+    export(pair.checkpoint, tmp_path / "bf16", dtype="bfloat16")
+    full, half = Published(pair.folder), Published(tmp_path / "bf16")
+    assert all(torch.equal(half.read(name), full.read(name).bfloat16()) for name in full.shapes)
+    assert verify(pair.checkpoint, tmp_path / "bf16")["largest_difference"] < 1e-4
+    (tmp_path / "by hand").mkdir()
+    assert (tmp_path / "bf16").stat().st_mode == (tmp_path / "by hand").stat().st_mode  # not a temporary folder's
+
+
+def test_a_dense_model_is_plain_olmoe(exported):
+    pair = exported({"type": "standard"})
+    assert (pair.config["model_type"], pair.config["architectures"]) == ("olmoe", ["OlmoeForCausalLM"])
+    assert not list(pair.folder.glob("*.py"))
+    assert verify(pair.checkpoint, pair.folder)["largest_difference"] < 1e-5
+
+
+def test_the_card_has_pictures_and_attention(exported, tmp_path):
+    pair = exported({"type": "spattention", "layers": [1]})
+    export(pair.checkpoint, tmp_path / "out", draw=lambda pattern, path: path.write_text(pattern.name))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- layers 0: `standard`" in card and "- layers 1: `spattention`" in card
+    assert "(attention.png)" in card and "(attention1.png)" in card
+    assert (tmp_path / "out" / "attention1.png").read_text() == "spattention"
+
+
+# ---- refused ---------------------------------------------------------------------------------------------------------
+
+
+def command(script: str, *words: object, monkeypatch, capsys) -> tuple[int, str]:
+    """A script in this process: exit code and errors."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+    monkeypatch.setattr("spattn_olmoe.errors.quiet", lambda: None)
+    code = 0
+    try:
+        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+    except SystemExit as end:
+        code = int(end.code or 0)
+    return code, capsys.readouterr().err
+
+
+def test_the_command_refuses_in_one_line(exported, tmp_path, monkeypatch, capsys):
+    pair = exported(SHARED)
+    run = {"monkeypatch": monkeypatch, "capsys": capsys}
+    for words, said in (
+        (("--checkpoint", pair.checkpoint.path, "--to", pair.folder), f"--to {pair.folder} exists"),
+        (
+            ("--checkpoint", pair.checkpoint.path, "--to", tmp_path / "out", "--dtype", "fp8"),
+            "--dtype fp8: must be float32",
+        ),
+        (("--checkpoint", tmp_path, "--to", tmp_path / "out"), "neither a complete checkpoint"),
+    ):
+        code, error = command("export_hf.py", *words, **run)
+        assert code == 2
+        assert error.startswith("error: ") and error.count("\n") == 1
+        assert said in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_is_refused(exported, tmp_path):
+    pair = exported(SHARED)
+    shutil.copytree(pair.checkpoint.path, tmp_path / "step1")
+    file = next((tmp_path / "step1" / "model_and_optim").glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(OLMoConfigurationError, match="is damaged"):
+        Checkpoint.open(tmp_path / "step1")
+
+
+def test_a_full_disk_leaves_nothing(exported, tmp_path, monkeypatch):
+    pair = exported(SHARED)
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
+    with pytest.raises(OLMoConfigurationError, match="are needed, 1e-09 GB are free"):
+        export(pair.checkpoint, tmp_path / "out")
+    monkeypatch.undo()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OLMoConfigurationError, match="no space is left"):
+        export(pair.checkpoint, tmp_path / "out", draw=full)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_of_another_model_are_named(exported, tmp_path):
+    pair = exported(SHARED)
+    shutil.copytree(pair.checkpoint.path, tmp_path / "step1")
+    config = json.loads((tmp_path / "step1" / "config.json").read_text())
+    config["model"]["block"]["feed_forward_moe"]["hidden_size"] = 64
+    (tmp_path / "step1" / "config.json").write_text(json.dumps(config))
+    shutil.rmtree(tmp_path / "step1" / "checksums")
+    with pytest.raises(OLMoConfigurationError, match=r"w1 has shape \(128, 64\) but the config asks for \(256, 64\)"):
+        export(Checkpoint.open(tmp_path / "step1"), tmp_path / "out")
