@@ -5,13 +5,11 @@ python scripts/export_hf.py --checkpoint runs/quickstart-spattention --to export
 
 from __future__ import annotations
 
-import argparse
-
-from spattn_olmoe.errors import quiet, user_errors
+from spattn_olmoe.errors import Parser, quiet, user_errors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="a checkpoint, or a run's folder for its newest one")
     parser.add_argument("--to", required=True, help="the folder to write; it must not exist")
     parser.add_argument("--dtype", default="float32", help="float32 (the default: lossless) or bfloat16")

@@ -5,13 +5,11 @@ python scripts/import_hf.py --from OLMoE-1B-7B-0924 --to runs/olmoe-0924 --confi
 
 from __future__ import annotations
 
-import argparse
-
-from spattn_olmoe.errors import quiet, user_errors
+from spattn_olmoe.errors import Parser, quiet, user_errors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--from", dest="source", required=True, help="a folder of safetensors with config and tokenizer"
     )

@@ -8,8 +8,8 @@ from typing import Any
 
 from ... import __version__
 from ...machine import describe
+from ...serving.modeling_spattn_olmoe import SPAttnOlmoeConfig
 from ..checkpoint import Checkpoint
-from .modeling_spattn_olmoe import SPAttnOlmoeConfig
 
 
 def model_card(checkpoint: Checkpoint, config: dict[str, Any], pictures: Sequence[str]) -> str:

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention import AttentionConfig
 from olmo_core.nn.layer_norm import LayerNormType
 from olmo_core.nn.moe.router import MoERouterGatingFunction
 from olmo_core.nn.transformer import TransformerBlockConfig, TransformerBlockType, TransformerConfig
 
+from ...serving.modeling_spattn_olmoe import NO_DROPOUT, SPAttnOlmoeConfig, SPAttnOlmoeForCausalLM
 from ..section import layer_patterns
-from .modeling_spattn_olmoe import NO_DROPOUT, SPAttnOlmoeConfig, SPAttnOlmoeForCausalLM
 from .rules import is_dense, rule_of
 
 MODELING_FILE = "modeling_spattn_olmoe.py"
@@ -25,7 +24,7 @@ def hf_config(
     """What ``config.json`` of an export says. Dense models are plain ``olmoe``, which every tool reads.
 
     :param max_length: tokens of a training sequence, ``max_position_embeddings``.
-    :raises OLMoConfigurationError: the model is not the published OLMoE, or a layer's mask cannot be exported.
+    :raises ValueError: the model is not the published OLMoE, or a layer's mask cannot be exported.
     """
     block = published_block(model)
     mixer, moe, norm = block.sequence_mixer, block.feed_forward_moe, block.layer_norm
@@ -114,32 +113,30 @@ def require_same_model(found: Mapping[str, Any], wanted: Mapping[str, Any], path
     """Raise unless a ``config.json`` describes the model that a YAML config describes, key by key.
 
     :param found: the file's content; ``wanted``: what :func:`hf_config` makes of the YAML's model.
-    :raises OLMoConfigurationError: naming the key, both values and what to do.
+    :raises ValueError: naming the key, both values and what to do.
     """
     for key in ("model_type", "architectures"):
         if found.get(key) != wanted[key]:
-            raise OLMoConfigurationError(
+            raise ValueError(
                 f"{path}: {key}={found.get(key)!r} is another architecture: only {wanted[key]!r} can be imported"
             )
     if found.get("quantization_config") is not None:
-        raise OLMoConfigurationError(f"{path}: quantization_config is set: give the weights that were not quantized")
+        raise ValueError(f"{path}: quantization_config is set: give the weights that were not quantized")
     for key, value in _normalized(wanted).items():
         its = _normalized(found).get(key, _DEFAULTS.get(key))
         if its != value:
-            raise OLMoConfigurationError(f"{path}: {key}={its!r} but {yaml} has {value!r}: they are different models")
+            raise ValueError(f"{path}: {key}={its!r} but {yaml} has {value!r}: they are different models")
     length, needed = (
         found.get("max_position_embeddings", wanted["max_position_embeddings"]),
         wanted["max_position_embeddings"],
     )
     if length < needed:
-        raise OLMoConfigurationError(
+        raise ValueError(
             f"{path}: max_position_embeddings={length} is less than dataset.sequence_length={needed} of {yaml}: set that lower"
         )
     for key, value in found.items():
         if key not in wanted and key not in _DEFAULTS and key not in _NOT_OF_THE_MODEL and value not in (None, False):
-            raise OLMoConfigurationError(
-                f"{path}: {key}={value!r} is not a key of the published OLMoE: it would be lost"
-            )
+            raise ValueError(f"{path}: {key}={value!r} is not a key of the published OLMoE: it would be lost")
 
 
 def _normalized(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,27 +157,25 @@ def _normalized(config: Mapping[str, Any]) -> dict[str, Any]:
 def published_block(model: TransformerConfig) -> TransformerBlockConfig:
     """The block of every layer.
 
-    :raises OLMoConfigurationError: something in the model that ``OlmoeForCausalLM`` has no place for would be lost.
+    :raises ValueError: something in the model that ``OlmoeForCausalLM`` has no place for would be lost.
     """
     block = model.block
     if not isinstance(block, TransformerBlockConfig) or block.name != TransformerBlockType.moe:
-        raise OLMoConfigurationError("model.block.name must be 'moe' (pre-norm): transformers has no other OLMoE")
+        raise ValueError("model.block.name must be 'moe' (pre-norm): transformers has no other OLMoE")
     for layer, own in (model.block_overrides or {}).items():
         if replace(own, sequence_mixer=block.sequence_mixer) != block:
-            raise OLMoConfigurationError(
-                f"model.block_overrides: layer {layer} differs in more than its attention type"
-            )
+            raise ValueError(f"model.block_overrides: layer {layer} differs in more than its attention type")
     mixers = [b.sequence_mixer for b in (block, *(model.block_overrides or {}).values())]
     for mixer in mixers:
         _require_published_mixer(mixer, model.d_model)
     if len({(m.n_heads, m.n_kv_heads) for m in mixers if isinstance(m, AttentionConfig)}) > 1:
-        raise OLMoConfigurationError("model.block_overrides: transformers wants equally many heads in all layers")
+        raise ValueError("model.block_overrides: transformers wants equally many heads in all layers")
     moe, norm, head = block.feed_forward_moe, block.layer_norm, model.lm_head
     rms = [(f"{where}layer_norm", n) for where, n in (("model.block.", norm), ("model.lm_head.", head.layer_norm))]
     rms += [("model.block.sequence_mixer.qk_norm", m.qk_norm) for m in mixers if isinstance(m, AttentionConfig)]
     for name, one in rms:
         if one is None or norm is None or one.name != LayerNormType.rms or one.bias is not False or one.eps != norm.eps:
-            raise OLMoConfigurationError(f"{name} must be rms without bias, with one eps for all, as in OLMoE")
+            raise ValueError(f"{name} must be rms without bias, with one eps for all, as in OLMoE")
     router = moe.router if moe is not None else None
     others = {
         "model.block.feed_forward_moe": (moe is not None, "set"),
@@ -206,7 +201,7 @@ def published_block(model: TransformerConfig) -> TransformerBlockConfig:
 
 def _require_published_mixer(mixer: Any, d_model: int) -> None:
     if not isinstance(mixer, AttentionConfig) or mixer.rope is None:
-        raise OLMoConfigurationError("model.block.sequence_mixer must be attention with rope, as in OLMoE")
+        raise ValueError("model.block.sequence_mixer must be attention with rope, as in OLMoE")
     rope = mixer.rope
     wanted = {
         "bias": (mixer.bias is False, "false"),
@@ -223,4 +218,4 @@ def _require_published_mixer(mixer: Any, d_model: int) -> None:
 def _require(conditions: dict[str, tuple[bool, str]]) -> None:
     for key, (met, value) in conditions.items():
         if not met:
-            raise OLMoConfigurationError(f"{key} must be {value}, as in OLMoE: transformers has no place for it")
+            raise ValueError(f"{key} must be {value}, as in OLMoE: transformers has no place for it")

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from olmo_core.distributed.checkpoint import get_checkpoint_metadata, load_keys
-from olmo_core.exceptions import OLMoConfigurationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -23,8 +22,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ...files import sync_folder
 from ...patterns import Pattern, build_pattern
+from ...serving import modeling_spattn_olmoe
 from ..checkpoint import Checkpoint
-from . import modeling_spattn_olmoe
 from .card import model_card
 from .config import MODELING_FILE, hf_config
 from .weights import Shape, same_bits, split
@@ -50,10 +49,10 @@ def export(
     :param dtype: ``float32`` or ``bfloat16``, in which the weights are stored.
     :param draw: draws a pattern into a file, for the model card.
     :returns: its ``config.json``.
-    :raises OLMoConfigurationError: ``to`` exists, the disk is too full, or the model has no place in transformers.
+    :raises ValueError: ``to`` exists, the disk is too full, or the model has no place in transformers.
     """
     if dtype not in DTYPES:
-        raise OLMoConfigurationError(f"--dtype {dtype}: must be {' or '.join(DTYPES)}")
+        raise ValueError(f"--dtype {dtype}: must be {' or '.join(DTYPES)}")
     tokenizer = checkpoint.tokenizer()
     config = hf_config(
         checkpoint.model,
@@ -76,7 +75,7 @@ def export(
 def reader(path: str, shape: Shape) -> Callable[[str], Tensor]:
     """Reads one weight of a checkpoint by OLMo-core's name.
 
-    :raises OLMoConfigurationError: the checkpoint's weights are not those of such a model, or cannot be read.
+    :raises ValueError: the checkpoint's weights are not those of such a model, or cannot be read.
     """
     folder = f"{path.rstrip('/')}/model_and_optim"
     try:
@@ -101,15 +100,11 @@ def require_weights(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[i
     """Raise at the first weight that is missing, surplus or of another shape."""
     for name, size in wanted.items():
         if name not in found:
-            raise OLMoConfigurationError(
-                f"{where} lacks the weight {name} {size}: it is of another model, or incomplete"
-            )
+            raise ValueError(f"{where} lacks the weight {name} {size}: it is of another model, or incomplete")
         if found[name] != size:
-            raise OLMoConfigurationError(f"{where}: {name} has shape {found[name]} but the config asks for {size}")
+            raise ValueError(f"{where}: {name} has shape {found[name]} but the config asks for {size}")
     if surplus := sorted(found.keys() - wanted.keys()):
-        raise OLMoConfigurationError(
-            f"{where} has a weight that the model does not: {surplus[0]} ({len(surplus)} in all)"
-        )
+        raise ValueError(f"{where} has a weight that the model does not: {surplus[0]} ({len(surplus)} in all)")
 
 
 @contextlib.contextmanager
@@ -117,15 +112,15 @@ def complete_or_absent(to: str | Path, n_bytes: int) -> Iterator[Path]:
     """A folder to write to, which gets its name once all is written; it vanishes where that fails.
 
     :param n_bytes: what will be written, about.
-    :raises OLMoConfigurationError: ``to`` exists, or the disk has no room.
+    :raises ValueError: ``to`` exists, or the disk has no room.
     """
     to = Path(to)
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
-        raise OLMoConfigurationError(f"--to {to} exists: name a folder that does not, or remove it")
+        raise ValueError(f"--to {to} exists: name a folder that does not, or remove it")
     to.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(to.parent).free
     if free < n_bytes * 1.01:
-        raise OLMoConfigurationError(
+        raise ValueError(
             f"--to {to}: {n_bytes / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free: name another disk"
         )
     aside = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
@@ -137,7 +132,7 @@ def complete_or_absent(to: str | Path, n_bytes: int) -> Iterator[Path]:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise OLMoConfigurationError(f"--to {to}: no space is left on the disk; nothing was kept") from None
+        raise ValueError(f"--to {to}: no space is left on the disk; nothing was kept") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -205,7 +200,7 @@ def verify(checkpoint: Checkpoint, folder: str | Path) -> dict[str, Any]:
     """Compare an export with its checkpoint: every tensor bit for bit, and the logits of a prompt as long as in training.
 
     :returns: how many tensors and tokens were compared, and the largest difference of a logit.
-    :raises OLMoConfigurationError: something differs.
+    :raises ValueError: something differs.
     """
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -215,13 +210,11 @@ def verify(checkpoint: Checkpoint, folder: str | Path) -> dict[str, Any]:
     for name in shape.core():
         for published, tensor in shape.to_published(name, read(name).to(DTYPES[config["dtype"]])).items():
             if not same_bits(there.read(published), tensor):
-                raise OLMoConfigurationError(
-                    f"--verify: {published} in {folder} is not the checkpoint's: export it again"
-                )
+                raise ValueError(f"--verify: {published} in {folder} is not the checkpoint's: export it again")
     T = checkpoint.sequence_length
     worst = _largest_difference(checkpoint, folder, T)
     if not worst <= TOLERANCE:  # a NaN is not
-        raise OLMoConfigurationError(f"--verify: logits of {T} tokens differ by {worst:.2g}, more than {TOLERANCE:.0e}")
+        raise ValueError(f"--verify: logits of {T} tokens differ by {worst:.2g}, more than {TOLERANCE:.0e}")
     return {"tensors": len(there.shapes), "tokens": T, "largest_difference": worst}
 
 
@@ -244,7 +237,7 @@ def _largest_difference(checkpoint: Checkpoint, folder: Path, T: int) -> float:
 class Published:
     """The weights of a folder in transformers' format, sharded or not, read one tensor at a time.
 
-    :raises OLMoConfigurationError: a file is missing or damaged.
+    :raises ValueError: a file is missing or damaged.
     """
 
     def __init__(self, folder: str | Path):
@@ -262,9 +255,7 @@ class Published:
                 described = tensors.get_slice(name)
                 self.shapes[name], self.dtypes[name] = tuple(described.get_shape()), described.get_dtype()
         if listed and (lost := sorted(listed.keys() - self.where.keys())):
-            raise OLMoConfigurationError(
-                f"{index} names {lost[0]}, which {listed[lost[0]]} does not hold: restore both"
-            )
+            raise ValueError(f"{index} names {lost[0]}, which {listed[lost[0]]} does not hold: restore both")
 
     def read(self, name: str) -> Tensor:
         """One tensor by its name."""
@@ -276,11 +267,9 @@ class Published:
             try:
                 self.files[file] = safe_open(path, framework="pt")
             except FileNotFoundError:
-                raise OLMoConfigurationError(
-                    f"{path} is missing: the weights must be safetensors, and complete"
-                ) from None
+                raise ValueError(f"{path} is missing: the weights must be safetensors, and complete") from None
             except Exception as error:  # the Rust side has a type of its own
-                raise OLMoConfigurationError(f"{path} is damaged ({error}): restore it") from None
+                raise ValueError(f"{path} is damaged ({error}): restore it") from None
         return self.files[file]
 
 
@@ -288,6 +277,6 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise OLMoConfigurationError(f"{path} is missing: name a folder that transformers could load") from None
+        raise ValueError(f"{path} is missing: name a folder that transformers could load") from None
     except ValueError as error:
-        raise OLMoConfigurationError(f"{path} is damaged ({error}): restore it") from None
+        raise ValueError(f"{path} is damaged ({error}): restore it") from None

@@ -9,16 +9,15 @@ from typing import Any
 
 import torch
 from olmo_core.distributed.checkpoint.filesystem import RemoteFileSystemWriter
-from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.transformer import TransformerConfig
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ...data.tokenizer import parse_tokenizer, vocab_size
-from ..checkpoints import write_checksums
+from ..checkpoint import TOKENIZER_FILE
+from ..checkpoint_files import write_checksums
 from ..fingerprint import FILE_NAME, Fingerprint
-from ..generation import TOKENIZER_FILE
 from ..section import BASELINE, with_attention
 from .config import hf_config, require_same_model
 from .export import Published, complete_or_absent, read_json, require_weights
@@ -39,11 +38,11 @@ def import_published(
     :param model: the model that the weights must be of; its attention is taken as dense.
     :param yaml: where ``model`` comes from, for messages.
     :returns: the model as the checkpoint has it.
-    :raises OLMoConfigurationError: another architecture, a key, a weight or a shape that does not fit, or no room.
+    :raises ValueError: another architecture, a key, a weight or a shape that does not fit, or no room.
     """
     source = Path(source)
     if not source.is_dir():
-        raise OLMoConfigurationError(f"--from {source}: there is no such folder")
+        raise ValueError(f"--from {source}: there is no such folder")
     length, tokenizer = experiment["dataset"]["sequence_length"], experiment["dataset"]["tokenizer"]
     dense = with_attention(model, band_length=length, type=BASELINE)
     wanted = hf_config(
@@ -61,7 +60,9 @@ def import_published(
     _check_tokenizer(source, dense.vocab_size)
     with complete_or_absent(to, sum(path.stat().st_size for path in source.glob("*.safetensors"))) as folder:
         _save(folder, shape, weights, fused)
-        (folder / "config.json").write_text(json.dumps(experiment | {"model": _json(dense)}))
+        (folder / "config.json").write_text(
+            json.dumps(experiment | {"model": _json(dense), "attention": {"type": BASELINE}})
+        )
         (folder / FILE_NAME).write_text(Fingerprint.of(dense).to_json())
         shutil.copyfile(source / TOKENIZER_FILE, folder / TOKENIZER_FILE)
         write_checksums(folder, rank=0, ranks=1)
@@ -73,9 +74,9 @@ def _check_dtypes(weights: Published) -> None:
     dtype = weights.dtypes[first]
     for name in others:
         if weights.dtypes[name] != dtype:
-            raise OLMoConfigurationError(f"{weights.folder}: {name} is {weights.dtypes[name]} but {first} is {dtype}")
+            raise ValueError(f"{weights.folder}: {name} is {weights.dtypes[name]} but {first} is {dtype}")
     if dtype not in ("F32", "BF16", "F16"):
-        raise OLMoConfigurationError(f"{weights.folder}: weights are {dtype}: give those that were not quantized")
+        raise ValueError(f"{weights.folder}: weights are {dtype}: give those that were not quantized")
 
 
 def _json(model: TransformerConfig) -> dict[str, Any]:
@@ -87,11 +88,9 @@ def _json(model: TransformerConfig) -> dict[str, Any]:
 def _check_tokenizer(source: Path, n_ids: int) -> None:
     path = source / TOKENIZER_FILE
     if not path.is_file():
-        raise OLMoConfigurationError(f"{path} is missing: the checkpoint needs the tokenizer that the weights know")
+        raise ValueError(f"{path} is missing: the checkpoint needs the tokenizer that the weights know")
     if (size := vocab_size(parse_tokenizer(path.read_bytes(), str(path)))) > n_ids:
-        raise OLMoConfigurationError(
-            f"{path} has {size} ids but the model only {n_ids}: it is another model's tokenizer"
-        )
+        raise ValueError(f"{path} has {size} ids but the model only {n_ids}: it is another model's tokenizer")
 
 
 def _save(folder: Path, shape: Shape, weights: Published, fused: bool) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from olmo_core.exceptions import OLMoConfigurationError
-
 from ...patterns import UNBOUNDED, Pattern, interval_table
 from ...patterns.bigbird import BigBird
 from ...patterns.longformer import PLAIN_CAUSAL_UP_TO, Longformer
 from ...patterns.reformer import Reformer
-from .modeling_spattn_olmoe import AttentionRule
+from ...serving.modeling_spattn_olmoe import AttentionRule
 
 
 def rule_of(pattern: Pattern) -> AttentionRule:
     """The rule that attends what a pattern attends, at any length.
 
-    :raises OLMoConfigurationError: distances, residues and global tokens do not describe the pattern.
+    :raises ValueError: distances, residues and global tokens do not describe the pattern.
     """
     if pattern.follows_input:
         raise _refused(pattern, "follows_input=true, so that its mask changes with every new token")
@@ -50,7 +48,7 @@ def _released(pattern: Longformer | BigBird | Reformer) -> AttentionRule:
     return AttentionRule(local, global_tokens=pattern.n_global)
 
 
-def _refused(pattern: Pattern, why: str) -> OLMoConfigurationError:
-    return OLMoConfigurationError(
+def _refused(pattern: Pattern, why: str) -> ValueError:
+    return ValueError(
         f"attention.type={pattern.name} cannot be exported: it has {why}; evaluate it here with scripts/evaluate.py"
     )

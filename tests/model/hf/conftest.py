@@ -14,7 +14,7 @@ from olmo_core.nn.transformer import Transformer
 
 from spattn_olmoe.model import apply_remedies, with_attention
 from spattn_olmoe.model.checkpoint import Checkpoint
-from spattn_olmoe.model.checkpoints import write_checksums
+from spattn_olmoe.model.checkpoint_files import write_checksums
 from spattn_olmoe.model.fingerprint import FILE_NAME, Fingerprint
 from spattn_olmoe.model.hf.export import export
 from tests.model.tiny import tiny, write_data

@@ -11,7 +11,6 @@ import sys
 
 import pytest
 import torch
-from olmo_core.exceptions import OLMoConfigurationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -70,7 +69,7 @@ def test_verify_finds_nothing_and_then_a_changed_bit(exported, tmp_path):
     name = next(iter(tensors))
     tensors[name].view(torch.int32).flatten()[0] += 1
     save_file(tensors, file)
-    with pytest.raises(OLMoConfigurationError, match=f"--verify: {name}"):
+    with pytest.raises(ValueError, match=f"--verify: {name}"):
         verify(pair.checkpoint, tmp_path / "changed")
 
 
@@ -138,21 +137,21 @@ def test_a_damaged_checkpoint_is_refused(exported, tmp_path):
     shutil.copytree(pair.checkpoint.path, tmp_path / "step1")
     file = next((tmp_path / "step1" / "model_and_optim").glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(OLMoConfigurationError, match="is damaged"):
+    with pytest.raises(ValueError, match="is damaged"):
         Checkpoint.open(tmp_path / "step1")
 
 
 def test_a_full_disk_leaves_nothing(exported, tmp_path, monkeypatch):
     pair = exported(SHARED)
     monkeypatch.setattr(exporting.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
-    with pytest.raises(OLMoConfigurationError, match="are needed, 1e-09 GB are free"):
+    with pytest.raises(ValueError, match="are needed, 1e-09 GB are free"):
         export(pair.checkpoint, tmp_path / "out")
     monkeypatch.undo()
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OLMoConfigurationError, match="no space is left"):
+    with pytest.raises(ValueError, match="no space is left"):
         export(pair.checkpoint, tmp_path / "out", draw=full)
     assert list(tmp_path.iterdir()) == []
 
@@ -164,5 +163,5 @@ def test_weights_of_another_model_are_named(exported, tmp_path):
     config["model"]["block"]["feed_forward_moe"]["hidden_size"] = 64
     (tmp_path / "step1" / "config.json").write_text(json.dumps(config))
     shutil.rmtree(tmp_path / "step1" / "checksums")
-    with pytest.raises(OLMoConfigurationError, match=r"w1 has shape \(128, 64\) but the config asks for \(256, 64\)"):
+    with pytest.raises(ValueError, match=r"w1 has shape \(128, 64\) but the config asks for \(256, 64\)"):
         export(Checkpoint.open(tmp_path / "step1"), tmp_path / "out")

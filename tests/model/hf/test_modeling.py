@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, OlmoeForCausalLM
 
 from spattn_olmoe import build_pattern
-from spattn_olmoe.model.hf import modeling_spattn_olmoe as modeling
 from spattn_olmoe.model.hf.rules import rule_of
+from spattn_olmoe.serving import modeling_spattn_olmoe as modeling
 from tests.model.tiny import PAD, VOCAB
 
 from .conftest import N
