@@ -273,7 +273,8 @@ def _block_mask(places: Tensor, rule: AttentionRule, H: int, T: int) -> Any:
 def _flex(device_type: str) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+    attend: Any = flex_attention
+    return torch.compile(attend) if device_type == "cuda" else attend
 
 
 # ---- the package's kernels, where it is installed --------------------------------------------------------------------
@@ -320,15 +321,16 @@ def _documents(places: Tensor, T: int) -> tuple[Tensor | None, bool]:
 
     The second value is False where padding lies within a document: its distances are no differences of positions.
     """
-    if "documents" not in places.__dict__:
+    kept = places.__dict__  # all layers share it
+    if "documents" not in kept:
         _, _, document, place = _split(places, T)
         begins = F.pad(document[:, 1:] != document[:, :-1], (1, 0), value=True)
         slot = torch.arange(T, device=places.device)
         start = torch.where(begins, slot, 0).cummax(1).values
         whole = bool(((document < 0) | (place == slot - start)).all())
         bounds = torch.cat([begins.flatten().nonzero()[:, 0], begins.new_tensor([begins.numel()], dtype=torch.long)])
-        places.documents = None if len(bounds) == len(places) + 1 else bounds.to(torch.int32), whole
-    return places.documents
+        kept["documents"] = None if len(bounds) == len(places) + 1 else bounds.to(torch.int32), whole
+    return kept["documents"]
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------

@@ -151,7 +151,8 @@ def _write_weights(folder: Path, shape: Shape, read: Callable[[str], Tensor], dt
     groups: dict[str, list[str]] = {}
     for name in shape.core():
         groups.setdefault(split(name)[0] or name.partition(".")[0], []).append(name)
-    where, total = {}, 0
+    where: dict[str, str] = {}
+    total = 0
     for n, names in enumerate(groups.values(), start=1):
         file = f"model-{n:05d}-of-{len(groups):05d}.safetensors"
         tensors: dict[str, Tensor] = {}
