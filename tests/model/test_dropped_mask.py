@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from benchmarks.tiny import HEADS, VOCAB, tiny, torchrun
 from spattn_olmoe import build_pattern
 from spattn_olmoe.model import apply_remedies, with_attention
 from spattn_olmoe.serving import modeling_spattn_olmoe as modeling
 
 from .hf.conftest import exported  # noqa: F401 - a fixture
 from .mask_probe import only_head, probes, wrong_pairs
-from .tiny import HEADS, VOCAB, tiny, torchrun
 from .ulysses_mask_worker import SCRIPT
 
 N, T = 48, 40

@@ -17,10 +17,10 @@ def main() -> None:
     from olmo_core.train import prepare_training_environment, teardown_training_environment
     from torch.distributed import init_device_mesh
 
+    from benchmarks.tiny import HEADS, VOCAB, tiny
     from spattn_olmoe.model import apply_remedies, with_attention
     from spattn_olmoe.model.section import layer_patterns
     from tests.model.mask_probe import only_head, probes, wrong_pairs
-    from tests.model.tiny import HEADS, VOCAB, tiny
 
     apply_remedies()
     prepare_training_environment(seed=0, backend="gloo")

@@ -12,12 +12,12 @@ import torch
 from olmo_core.distributed.checkpoint import save_model_and_optim_state
 from olmo_core.nn.transformer import Transformer
 
+from benchmarks.tiny import tiny, write_data
 from spattn_olmoe.model import apply_remedies, with_attention
 from spattn_olmoe.model.checkpoint import Checkpoint
 from spattn_olmoe.model.checkpoint_files import write_checksums
 from spattn_olmoe.model.fingerprint import FILE_NAME, Fingerprint
 from spattn_olmoe.model.hf.export import export
-from tests.model.tiny import tiny, write_data
 
 N = 48
 """Band length and length of training."""

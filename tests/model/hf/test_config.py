@@ -7,9 +7,9 @@ import copy
 import pytest
 from transformers import OlmoeConfig
 
+from benchmarks.tiny import EOS, PAD, tiny
 from spattn_olmoe.model import with_attention
 from spattn_olmoe.model.hf.config import hf_config, require_same_model
-from tests.model.tiny import EOS, PAD, tiny
 
 N = 48
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import OlmoeForCausalLM
 
+from benchmarks.tiny import VOCAB, tiny
 from spattn_olmoe.model.checkpoint import Checkpoint
 from spattn_olmoe.model.hf.export import Published, export
 from spattn_olmoe.model.hf.importing import import_published
-from tests.model.tiny import VOCAB, tiny
 
 from .conftest import N
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, OlmoeForCausalLM
 
+from benchmarks.tiny import PAD, VOCAB
 from spattn_olmoe import build_pattern
 from spattn_olmoe.model.hf.rules import rule_of
 from spattn_olmoe.serving import modeling_spattn_olmoe as modeling
-from tests.model.tiny import PAD, VOCAB
 
 from .conftest import N
 
