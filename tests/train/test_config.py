@@ -214,15 +214,20 @@ def test_what_cannot_be_trained_is_refused_on_any_machine(overrides, said):
 # ---- the shipped configs ---------------------------------------------------------------------------------------------
 
 
-def test_there_are_sixteen():
-    assert len(CONFIGS) == 16
+CONTINUED = "1b7b_from_olmoe.yaml"
+"""Trains on from published weights, with a schedule of its own."""
+
+
+def test_there_are_seventeen():
+    assert len(CONFIGS) == 17
+    assert CONTINUED in CONFIGS
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_shipped_config_loads_and_passes_its_checks(name):
     config = load_experiment(ROOT / "configs" / name)
     check(config)
-    type_ = "spattention" if name == "quickstart.yaml" else name.removesuffix(".yaml").partition("_")[2]
+    type_ = "spattention" if name in ("quickstart.yaml", CONTINUED) else name.removesuffix(".yaml").partition("_")[2]
     assert {p.name for p in layer_patterns(config.model_with_attention())} == {TYPES.get(type_, type_)}
 
 
@@ -238,7 +243,7 @@ def test_a_shipped_config_has_the_published_parameters(name):
     assert sum(p.numel() for p in built.parameters()) == model.num_params
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "quickstart.yaml"])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("quickstart.yaml", CONTINUED)])
 def test_a_shipped_config_differs_from_its_base_in_the_attention_type_only(name):
     base = ROOT / "configs" / "base" / f"{name.partition('_')[0]}.yaml"
     ours, theirs = (without_type(read(path)) for path in (ROOT / "configs" / name, base))
