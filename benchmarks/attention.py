@@ -226,7 +226,7 @@ def _derived(setting: Setting, pattern: Pattern, mode: str, ms: float, device: s
     """TFLOP/s of attended pairs, and the share of what operations and bytes allow."""
     B, H, N, D = setting
     flops = FLOPS_PER_PAIR[mode] * B * D * pattern.attended_pairs(N)
-    bound = machine.BOUNDS.get(machine.device_name(device))
+    bound = machine.bound(device)
     share: float | str = "n/a"
     if bound:
         moved = TENSORS_MOVED[mode] * B * N * H * D * 2

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from spattn_olmoe.machine import as_line
 from spattn_olmoe.tables import table
 
 Row = dict[str, Any]
@@ -34,15 +35,7 @@ def print_setting(setting: object, lines: list[str]) -> None:
 
 def _runs(runs: list[Row]) -> list[str]:
     """Where and how it was measured, a line a run."""
-    lines = []
-    for number, run in enumerate(runs):
-        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-        lines.append(
-            f"- Run {number}: {run['device']}, {run['cores']} CPU cores ({run['threads']} threads), {versions}, "
-            f"commit `{str(run['commit'])[:12]}`{' with changes' if run['changed'] else ''}, {run['date'][:10]}, "
-            f"`{run['command']}`" + (f". {run['note']}" if run.get("note") else "")
-        )
-    return lines
+    return [f"- Run {number}: {as_line(run)}" for number, run in enumerate(runs)]
 
 
 @contextmanager

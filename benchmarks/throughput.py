@@ -4,7 +4,7 @@
 
 "Computational Efficiency Analysis" of arXiv 2511.09596 times attention, forward and backward, at batch 1, 8 heads,
 N = 4096, D = 128, and its Table 2 training throughput. Both are measured here against dense attention by the fastest
-kernel on the machine, with the share that attention has of a step, which is what one has to do with the other.
+kernel on the machine, with attention's share of a step, which links the two.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any
 
 from benchmarks import attention, training
 from spattn_olmoe import machine
+from spattn_olmoe.tables import table
 
 SETTING = attention.Setting(B=1, H=8, N=4096, D=128)
-PAPER_ATTENTION = 2.0  # "approximately", exclusive or with sharing is not said
+PAPER_ATTENTION = 2.0  # "approximately", the mask is not named
 PAPER_TOKENS = {"dense": 3214, "sharing": 6167}  # Table 2, four A100
 MASKS = ("exclusive", "sharing")
 MODE = "fwd+bwd"
@@ -72,9 +73,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# Throughput",
         "",
-        f"{about['device']}, threads: {about['threads']}, torch {about['versions']['torch']}, commit "
-        f"`{str(about['commit'])[:12]}`{' with changes' if about['changed'] else ''}, {about['date'][:10]}, "
-        f"`{about['command']}`, load average {about['load_average'][0]} at the end.",
+        f"{machine.as_line(about)}. Load average {about['load_average'][0]} at the end.",
         "",
         *_attention_table(results["attention"]),
     ]
@@ -103,19 +102,12 @@ def fastest_dense(rows: list[dict[str, Any]]) -> tuple[str, float]:
 
 def _attention_table(rows: list[dict[str, Any]]) -> list[str]:
     name, baseline = fastest_dense(rows)
-    lines = [
-        f"## Attention, forward and backward: {SETTING}",
-        "",
-        f"| mask | kernel | ms | {name} (fastest dense) / this |",
-        "| --- | --- | ---: | ---: |",
-    ]
-    lines += [
-        f"| {pattern} | {contender} | {_ms(ms)} | {baseline / ms:.2f}x |"
-        for (pattern, contender), ms in _timed(rows).items()
-    ]
+    body = [[*key, _ms(ms), f"{baseline / ms:.2f}x"] for key, ms in _timed(rows).items()]
     missing = [f"- not timed: {r['pattern']}, {r['contender']}: {r['error']}" for r in rows if "error" in r]
     return [
-        *lines,
+        f"## Attention, forward and backward: {SETTING}",
+        "",
+        table(["mask", "kernel", "ms", f"{name} (fastest dense) / this"], body, "llr"),
         "",
         *missing,
         f"The paper: approximately {PAPER_ATTENTION:.0f}x, over a dense baseline that it does not name; its text says that all "
@@ -134,21 +126,18 @@ def _both(rows: list[dict[str, Any]], attention_rows: list[dict[str, Any]]) -> l
     if "dense" not in timed:
         return [*lines, ""]
     dense = timed["dense"]
-    lines += [
-        f"| | tokens/s | of a step: attention | attention alone, {SETTING} | attention alone, this model | step |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    head = ["", "tokens/s", "attention's share", f"attention alone, {SETTING}", "attention alone, this model", "step"]
+    body = []
     for name, row in timed.items():
         alone = baseline if name == "dense" else times.get((name, "ours"))
-        lines.append(
-            f"| {name} | {row['tokens_per_second']:,.0f} | {row['attention_share']:.1%} | "
-            f"{'n/a' if alone is None else f'{baseline / alone:.2f}x'} | {dense['attention_ms'] / row['attention_ms']:.2f}x | "
-            f"{dense['ms'] / row['ms']:.2f}x |"
-        )
+        cells = [name, f"{row['tokens_per_second']:,.0f}", f"{row['attention_share']:.1%}"]
+        cells.append("n/a" if alone is None else f"{baseline / alone:.2f}x")
+        body.append([*cells, *(f"{dense[key] / row[key]:.2f}x" for key in ("attention_ms", "ms"))])
     printed = PAPER_TOKENS["sharing"] / PAPER_TOKENS["dense"]
     share = dense["attention_share"]
     return [
         *lines,
+        table(head, body),
         "",
         f"{dense['layers']} of {dense['of_layers']} layers. Ratios are the dense step's or attention's time by this one's. Dense "
         f"attention is {share:.1%} of the step here, so that attention that took no time at all would make the step "

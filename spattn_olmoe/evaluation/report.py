@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..machine import as_line
 from ..tables import attention_name, interval, plus_minus, table
 from .compare import NO_DIFFERENCE, Difference, average, columns_of
 from .suites import SUITES, implied_stderr
@@ -53,6 +54,7 @@ def _conditions(results: dict[str, Any]) -> str:
     for note in dict.fromkeys(results["data"].values()):
         tasks = [task for task, own in results["data"].items() if own == note]
         lines.append(f"- {', '.join(tasks)}: {note}")
+    lines.append(f"- {as_line(results['machine'])}")
     return "\n".join(lines)
 
 

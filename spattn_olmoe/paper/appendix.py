@@ -17,12 +17,12 @@ import torch
 
 from ..evaluation.loss import HeldOut
 from ..files import replace_file
+from ..machine import made_on
 from ..model.checkpoint import Checkpoint
 from ..model.remedies import apply_remedies
 from ..patterns import VARIANTS
 from ..tables import plus_minus, table
 from ..train.config import load_experiment
-from .conditions import conditions
 from .heads import DIVERSITIES, LayerHeads, measure_heads, plot_heads, summary
 from .runs import Run
 
@@ -150,7 +150,7 @@ def markdown(results: dict[str, Any]) -> str:
         "![Every head of the first seed](appendix_a.png)",
         "",
     ]
-    return "\n".join([*lines, *conditions([results["machine"]])]) + "\n"
+    return "\n".join([*lines, *made_on([results["machine"]])]) + "\n"
 
 
 def _cells(found: list[dict[str, Any]]) -> list[str]:

@@ -15,10 +15,10 @@ from ..evaluation import statistics
 from ..evaluation.compare import columns_of, compare, mean_metrics
 from ..evaluation.statistics import Crossed
 from ..evaluation.suites import SUITES, implied_stderr
+from ..machine import made_on
 from ..patterns import build_pattern
 from ..tables import context_label, interval, p_value, plus_minus, table
 from .comparison import Comparison, Result
-from .conditions import conditions
 from .measure import suite_file
 from .runs import TABLES, Run, Scale
 from .start import PARTS
@@ -81,7 +81,7 @@ def markdown(name: str, comparisons: Sequence[Comparison], says: str, scores: di
         lines += _scores(name, comparisons, scores)
     lines += [*_paper(name), *_start(comparisons)]
     machines = [r["machine"] for c in comparisons for rs in c.results.values() for r in rs]
-    return "\n".join([*lines, *conditions(machines)]) + "\n"
+    return "\n".join([*lines, *made_on(machines)]) + "\n"
 
 
 # ---- held-out loss ---------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def test_table1_from_the_command_line_and_against_itself(checkpoint_of, tmp_path
     results = run.read(tmp_path / "here/table1.json")
     assert results["follows_input"] is True and results["offline"] is True
     assert results["attention"][0]["local_sharing"] is True
-    assert results["versions"]["lm-eval"] and results["checkpoint"] == checkpoint
+    assert results["machine"]["versions"]["lm-eval"] and results["checkpoint"] == checkpoint
     table = (tmp_path / "here/table1.md").read_text()
     assert table.strip() in done.stdout
     assert "| paper: 1B-7B SPAttention | 0.4956 +- 0.0140 | 0.6100 +- 0.0488 |" in table

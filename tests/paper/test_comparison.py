@@ -41,6 +41,8 @@ def made_up(variant: str, seed: int, shift: float, options: dict) -> dict:
         "machine": {
             "device": "d",
             "cores": 1,
+            "threads": 1,
+            "date": "2026-11-22T00:00:00+00:00",
             "versions": {"torch": "2"},
             "commit": "c",
             "changed": False,
