@@ -35,7 +35,8 @@ def model_card(checkpoint: Checkpoint, config: dict[str, Any], pictures: Sequenc
     parts += [
         "## Use",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})\nmodel = AutoModelForCausalLM.from_pretrained(folder{trust})\n```",
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})\n"
+        f"model = AutoModelForCausalLM.from_pretrained(folder{trust})\n```",
         "## Training",
         _training(checkpoint),
     ]
