@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...patterns.registry import nearest
+from ...errors import nearest
 
 IGNORED = -100
 """The label of a token that is not scored, as in torch's cross-entropy."""
@@ -159,7 +159,9 @@ class TwoHop(Task):
         if self.vocab < 4 or self.pairs > self.vocab // 2 - 1:
             raise ValueError(f"vocab={self.vocab}: too small for pairs={self.pairs}, at least {2 * self.pairs + 2}")
         if self._slots < self.pairs:
-            raise ValueError(f"pairs={self.pairs}: more than the {max(self._slots, 0)} places that length={self.length} leaves")
+            raise ValueError(
+                f"pairs={self.pairs}: more than the {max(self._slots, 0)} places that length={self.length} leaves"
+            )
 
     @property
     def _slots(self) -> int:

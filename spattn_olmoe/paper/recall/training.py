@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -69,9 +70,9 @@ class Setting:
         return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-def build_model(setting: Setting, task: Task, attention: Mapping[str, Any], seed: int) -> Transformer:
-    """A model with one attention section; the same weights for every type at the same seed."""
-    dense = TransformerConfig.llama_like(
+def build_config(setting: Setting, task: Task) -> TransformerConfig:
+    """The model of a comparison before it is given an attention type."""
+    return TransformerConfig.llama_like(
         d_model=setting.d_model,
         vocab_size=task.vocab_size,
         n_layers=setting.n_layers,
@@ -80,6 +81,11 @@ def build_model(setting: Setting, task: Task, attention: Mapping[str, Any], seed
         rope_theta=10_000,
         feed_forward=FeedForwardConfig(hidden_size=setting.hidden, bias=False),
     )
+
+
+def build_model(setting: Setting, task: Task, attention: Mapping[str, Any], seed: int) -> Transformer:
+    """A model with one attention section; the same weights for every type at the same seed."""
+    dense = build_config(setting, task)
     dense.init_seed = seed
     model = with_attention(dense, band_length=task.length, **attention).build(init_device="cpu")
     model.init_weights(max_seq_len=task.length, device=torch.device("cpu"))
@@ -96,8 +102,9 @@ def train(
         :func:`measure` gives.
     """
     model = build_model(setting, task, attention, seed)
-    decayed = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(decayed, lr=setting.lr, betas=(0.9, 0.95), weight_decay=setting.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=setting.lr, betas=(0.9, 0.95), weight_decay=setting.weight_decay, fused=True
+    )
     curve: list[dict[str, Any]] = []
     if state is not None and state.exists():
         saved = torch.load(state, weights_only=True)
@@ -129,8 +136,6 @@ def _step(model: Transformer, optimizer: torch.optim.Optimizer, batch: tuple[np.
 
 
 def _save(state: Path, model: Transformer, optimizer: torch.optim.Optimizer, curve: list[dict[str, Any]]) -> None:
-    import io
-
     buffer = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve}, buffer)
     state.parent.mkdir(parents=True, exist_ok=True)
