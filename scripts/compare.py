@@ -1,0 +1,32 @@
+"""Runs side by side on one HTML page that needs no network.
+
+python scripts/compare.py runs/quickstart-spattention runs/quickstart-standard --out report.html
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from spattn_olmoe.errors import user_errors
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The arguments of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs; several seeds of a type become a band")
+    parser.add_argument("--out", type=Path, required=True, help="the page, a .html file")
+    parser.add_argument("--recall", type=Path, help="recall.json of scripts/reproduce.py recall")
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    args = parse()
+    with user_errors():
+        from spattn_olmoe.paper.page import write
+
+        print(write(args.runs, args.out, recall=args.recall))
+
+
+if __name__ == "__main__":
+    main()

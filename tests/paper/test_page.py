@@ -1,0 +1,73 @@
+"""The page of runs side by side, from real runs, opened in a real browser."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from spattn_olmoe.paper.page import RunData, group, write
+from tests.conftest import run_training
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+REPORT_ERRORS = "<script>window.onerror = m => { document.documentElement.setAttribute('data-error', m) }</script>"
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_yaml, tmp_path_factory):
+    """Two seeds of exclusive bands and a dense run, 3 steps each."""
+    folder = tmp_path_factory.mktemp("runs")
+    wanted = {"a": ("eball", 1), "b": ("eball", 2), "dense": ("standard", 1)}
+    for name, (kind, seed) in wanted.items():
+        words = [f"attention.type={kind}", f"init_seed={seed}", f"trainer.save_folder={folder / name}"]
+        done = run_training(tiny_yaml, *words, "trainer.max_duration.value=3", cwd=folder)
+        assert done.returncode == 0, done.stderr
+    return [folder / name for name in wanted]
+
+
+def test_seeds_of_a_type_are_one_group(runs):
+    groups = group([RunData.read(run) for run in runs])
+    assert {name: len(own) for name, own in groups.items()} == {"eball": 2, "dense": 1}
+
+
+def test_the_page_holds_the_figures_of_the_runs(runs, tmp_path):
+    page = write(runs, tmp_path / "page.html").read_text()
+    assert "http" not in re.sub(r"<script>.*?</script>", "", page, count=1, flags=re.S)  # plotly's own text aside
+    for run in runs:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        last = [line["train/CE loss"] for line in lines if "train/CE loss" in line][-1]
+        assert f"<td>{last:.4f}</td>" in page
+    assert "<td>init_seed</td>" in page and page.count("<img") == 2
+    assert "<h2>Held-out loss by position" not in page  # nobody measured it
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_draws_it_without_an_error(runs, tmp_path):
+    path = write(runs, tmp_path / "page.html")
+    path.write_text(path.read_text().replace("<head>", f"<head>{REPORT_ERRORS}", 1))
+    command = [CHROMIUM, *FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000"]
+    done = subprocess.run([*command, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=300)
+    shown = html.unescape(done.stdout)
+    assert "data-error" not in shown.split("<head", 1)[0]
+    assert shown.count('class="main-svg"') >= 2 and "eball, 2 seeds" in shown  # drawn: only a script makes these
+
+
+def test_what_is_no_run_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="is not the folder of a run"):
+        write([tmp_path], tmp_path / "page.html")
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="attention type is not known"):
+        write([tmp_path], tmp_path / "page.html")
+    (tmp_path / "attention.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"attention\.json is damaged"):
+        write([tmp_path], tmp_path / "page.html")
+
+
+def test_text_from_files_is_text(runs, tmp_path):
+    evil = tmp_path / "<script>alert(1)</script>"
+    shutil.copytree(runs[0], evil)
+    page = write([evil, runs[2]], tmp_path / "page.html").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
