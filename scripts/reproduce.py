@@ -5,6 +5,7 @@ python scripts/reproduce.py table1 --scale paper --dry-run
 python scripts/reproduce.py figure1
 python scripts/reproduce.py appendix_a
 python scripts/reproduce.py throughput
+python scripts/reproduce.py recall --variants dense,sharing,exclusive steps=500
 
 After any interruption, run the same command again: it resumes, and repeats nothing that is finished.
 """
@@ -20,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is n
 
 from spattn_olmoe.errors import Parser, quiet, user_errors
 
-TARGETS = ("table1", "table2", "table3", "figure1", "figure2", "appendix_a", "throughput")
+STUDIES = ("recall", "recall_two_hop", "copying", "selective_copying")
+TARGETS = ("table1", "table2", "table3", "figure1", "figure2", "appendix_a", "throughput", *STUDIES)
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -21,6 +21,15 @@ BASELINE = "standard"
 
 AUTO = "auto"
 """The value of ``attention.head_order`` that leaves it to the layout, or to the checkpoint that a run goes on from."""
+
+HYBRIDS: dict[str, Callable[[int, int], Sequence[int]]] = {
+    "dense_first": lambda n, quarter: range(quarter),
+    "dense_last": lambda n, quarter: range(n - quarter, n),
+    "dense_interleaved": lambda n, quarter: range(min(3, n - 1), n, 4),
+}
+"""Values of ``attention.layers`` that keep a quarter of the layers dense, at least one: which ones, of ``n`` layers.
+
+Retrieval is reported to live in a few dense layers (S2-Attention, arXiv 2407.17678), so hybrids are the usual remedy."""
 
 _SECTION = ("type", "band_length", "impl", "layers")
 
@@ -126,8 +135,15 @@ def _layers(value: Any, n_layers: int) -> Sequence[int]:
     """The layers that ``attention.layers`` chooses."""
     if value is None or value == "all":
         return range(n_layers)
+    if isinstance(value, str) and value in HYBRIDS:
+        dense = HYBRIDS[value](n_layers, max(1, n_layers // 4))
+        return [layer for layer in range(n_layers) if layer not in dense]
     if not isinstance(value, (list, tuple)) or not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
-        raise ValueError(f"attention.layers={value!r}: must be 'all' or a list of layer numbers such as [0,2]")
+        near = nearest(value, ["all", *HYBRIDS]) if isinstance(value, str) else ""
+        raise ValueError(
+            f"attention.layers={value!r}: must be 'all', a hybrid ({', '.join(HYBRIDS)}) or a list of layer numbers such as "
+            f"[0,2]{near}"
+        )
     for layer in value:
         if not 0 <= layer < n_layers:
             raise ValueError(f"attention.layers has {layer} but the model has layers 0 to {n_layers - 1}")

@@ -13,6 +13,8 @@ from ..machine import ASSUMED_MFU, GPUS, default_device, describe
 from ..patterns import find_variant
 from . import appendix, masks, report
 from .measure import check_device, prepare_data, run_all, suite_command, train_command
+from .recall import command as recall
+from .recall.study import STUDIES
 from .runs import CONFIGS, SCALES, TABLES, Run, Scale, Table, cost, plan_runs
 
 
@@ -25,6 +27,8 @@ def main(args: argparse.Namespace) -> None:
     args.jobs = _jobs(args.jobs, SCALES[args.scale])
     if args.target in TABLES:
         _table(args, out)
+    elif args.target in STUDIES:
+        recall.main(args, out, _say)
     elif args.target == "appendix_a":
         _appendix_a(args, out)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 from olmo_core.nn.transformer import TransformerConfig
@@ -206,3 +207,25 @@ def test_a_band_length_of_the_wrong_kind_is_refused(model, band_length):
     refused(
         lambda: with_attention(model, type="eball", band_length=band_length), f"attention.band_length={band_length!r}"
     )
+
+
+@pytest.mark.parametrize(
+    ("word", "n_layers", "dense"),
+    [
+        ("dense_first", 16, [0, 1, 2, 3]),
+        ("dense_last", 16, [12, 13, 14, 15]),
+        ("dense_interleaved", 16, [3, 7, 11, 15]),
+        ("dense_interleaved", 6, [3]),
+        ("dense_interleaved", 2, [1]),
+        ("dense_first", 2, [0]),
+    ],
+)
+def test_a_hybrid_keeps_a_quarter_of_the_layers_dense(model, word, n_layers, dense):
+    ours = with_attention(replace(model, n_layers=n_layers), band_length=T, type="eball", layers=word)
+    names = [pattern.name for pattern in layer_patterns(ours)]
+    assert [layer for layer, name in enumerate(names) if name == "standard"] == dense
+
+
+def test_an_unknown_hybrid_names_the_nearest(model):
+    with pytest.raises(ValueError, match=r"attention\.layers='dense_end': .*did you mean 'dense_"):
+        with_attention(model, band_length=T, type="eball", layers="dense_end")

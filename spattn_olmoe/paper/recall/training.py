@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from olmo_core.nn.feed_forward import FeedForwardConfig
 from olmo_core.nn.transformer import Transformer, TransformerConfig
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ...files import replace_file
@@ -83,17 +84,25 @@ def build_config(setting: Setting, task: Task) -> TransformerConfig:
     )
 
 
-def build_model(setting: Setting, task: Task, attention: Mapping[str, Any], seed: int) -> Transformer:
+def build_model(
+    setting: Setting, task: Task, attention: Mapping[str, Any], seed: int, device: str = "cpu"
+) -> Transformer:
     """A model with one attention section; the same weights for every type at the same seed."""
     dense = build_config(setting, task)
     dense.init_seed = seed
-    model = with_attention(dense, band_length=task.length, **attention).build(init_device="cpu")
-    model.init_weights(max_seq_len=task.length, device=torch.device("cpu"))
+    model = with_attention(dense, band_length=task.length, **attention).build(init_device=device)
+    model.init_weights(max_seq_len=task.length, device=torch.device(device))
     return model
 
 
 def train(
-    setting: Setting, task: Task, attention: Mapping[str, Any], seed: int, *, state: Path | None = None
+    setting: Setting,
+    task: Task,
+    attention: Mapping[str, Any],
+    seed: int,
+    *,
+    state: Path | None = None,
+    device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """Train one model; its measurements over the steps.
 
@@ -101,13 +110,13 @@ def train(
     :returns: one entry per measurement: ``step``, ``loss`` (mean over the steps since the last), and what
         :func:`measure` gives.
     """
-    model = build_model(setting, task, attention, seed)
+    model = build_model(setting, task, attention, seed, device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=setting.lr, betas=(0.9, 0.95), weight_decay=setting.weight_decay, fused=True
     )
     curve: list[dict[str, Any]] = []
     if state is not None and state.exists():
-        saved = torch.load(state, weights_only=True)
+        saved = torch.load(state, weights_only=True, map_location=device)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         curve = saved["curve"]
@@ -118,7 +127,9 @@ def train(
             group["lr"] = setting.learning_rate(step)
         losses.append(_step(model, optimizer, task.batch(seed, step, setting.batch)))
         if step % setting.eval_every == 0 or step == setting.steps:
-            curve.append({"step": step, "loss": float(np.mean(losses)), **measure(model, task, held_out)})
+            curve.append(
+                {"step": step, "loss": float(np.mean(losses)), **measure(model, task, held_out, device=device)}
+            )
             losses.clear()
             if state is not None:
                 _save(state, model, optimizer, curve)
@@ -126,7 +137,8 @@ def train(
 
 
 def _step(model: Transformer, optimizer: torch.optim.Optimizer, batch: tuple[np.ndarray, ...]) -> float:
-    ids, labels = torch.from_numpy(batch[0]), torch.from_numpy(batch[1])
+    device = next(model.parameters()).device
+    ids, labels = (torch.from_numpy(array).to(device) for array in batch[:2])
     loss = cross_entropy(model(ids).float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -143,7 +155,13 @@ def _save(state: Path, model: Transformer, optimizer: torch.optim.Optimizer, cur
 
 
 @torch.no_grad()
-def measure(model: Transformer, task: Task, held_out: tuple[np.ndarray, ...], at_once: int = 64) -> dict[str, Any]:
+def measure(
+    model: Callable[[Tensor], Tensor],
+    task: Task,
+    held_out: tuple[np.ndarray, ...],
+    at_once: int = 64,
+    device: str = "cpu",
+) -> dict[str, Any]:
     """Accuracy and loss on fresh sequences, in total, by band of distance, and by phase inside the band.
 
     ``bands[b]`` and ``phases[p]`` are ``{"accuracy", "loss", "count"}``; accuracy counts the answers that are the most
@@ -152,7 +170,7 @@ def measure(model: Transformer, task: Task, held_out: tuple[np.ndarray, ...], at
     ids, labels, distances = held_out
     right, loss = [], []
     for start in range(0, len(ids), at_once):
-        logits = model(torch.from_numpy(ids[start : start + at_once])).float()
+        logits = model(torch.from_numpy(ids[start : start + at_once]).to(device)).float().cpu()
         target = torch.from_numpy(labels[start : start + at_once])
         asked = target != IGNORED
         right.append((logits[asked].argmax(-1) == target[asked]).numpy())
