@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from spattn_olmoe.errors import user_errors
+from spattn_olmoe.errors import Parser, user_errors
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     """The arguments of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs; several seeds of a type become a band")
     parser.add_argument("--out", type=Path, required=True, help="the page, a .html file")
     parser.add_argument("--recall", type=Path, help="recall.json of scripts/reproduce.py recall")
