@@ -103,6 +103,7 @@ def test_loss_curves_are_compared_with_the_first(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "results/loss_curves.png").stat().st_size > 1000
     assert "triton: loss 2.1200 at the end, reference 2.0000" in capsys.readouterr().out
     short = write_run(tmp_path / "short", [4.0])
-    assert loss_curves.main([str(first), str(short)]) == 2
-    assert "has other steps than" in capsys.readouterr().err
-    assert loss_curves.main([str(first), str(tmp_path)]) == 2
+    for wrong, said in ((short, "has other steps than"), (tmp_path, "is not the folder of a run")):
+        with pytest.raises(SystemExit) as stopped:
+            loss_curves.main([str(first), str(wrong)])
+        assert stopped.value.code == 2 and said in capsys.readouterr().err

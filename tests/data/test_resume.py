@@ -278,7 +278,7 @@ def test_the_command_lines(config_file: Path, straight: tuple[dict[str, bytes], 
     for words in (f"{manifest.train_tokens:,} tokens", "all shards as recorded", "train 3:", "document lengths"):
         assert words in shown.stdout
     assert "found none; prepare" in error_line(run_script("inspect_data.py", str(tmp_path)))
-    assert "No such file" in error_line(run_script("prepare_data.py", "--config", str(tmp_path / "none.yaml")))
+    assert "does not exist" in error_line(run_script("prepare_data.py", "--config", str(tmp_path / "none.yaml")))
     result = run_script(
         "prepare_data.py", "--config", str(config_file), "tokenizer.identifier=no/thing", HF_HUB_OFFLINE="1"
     )
