@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spattn_olmoe import attention
-from spattn_olmoe.patterns import Pattern, find_variant, interval_table
+from spattn_olmoe.patterns import Pattern, find_variant
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -83,7 +83,7 @@ def _flash(flash_attn_func: Callable) -> Attend:
 def _flash_sparse(module, pattern: Pattern, T: int) -> Attend:
     """flash-sparse-attn's window per KV head: ``near`` keys, a gap (``right``), then a band (``left``)."""
     rows = []
-    for (lo0, hi0), (lo1, hi1) in interval_table(pattern) or ():
+    for (lo0, hi0), (lo1, hi1) in pattern.table or ():
         near, (lo, hi) = (min(hi0, T), (lo1, min(hi1, T))) if lo0 == 0 else (0, (lo0, min(hi0, T)))
         if lo0 > 0 and hi1 > lo1:
             raise ValueError(f"{pattern.name}: two intervals away from the diagonal")

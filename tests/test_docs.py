@@ -122,21 +122,54 @@ def test_the_new_types_attend_alike_in_every_implementation(name, options, page_
 
 
 def test_a_bad_option_of_the_new_type_is_one_line(page_modules):
-    with pytest.raises(ValueError, match=r"^attention\.shortest=0: must be at least 1$"):
+    with pytest.raises(ValueError, match=r"^attention\.shortest=0: must be a whole number of at least 1$"):
         build_pattern("doubling_windows.doubling_windows", n_heads=4, band_length=50, shortest=0)
 
 
+MEMBER = """
+from dataclasses import asdict
+from pathlib import Path
+
+from spattn_olmoe.paper import masks
+from spattn_olmoe.paper.runs import SCALES, TABLES, plan_runs
+from spattn_olmoe.patterns import available_patterns, available_variants, find_variant
+from spattn_olmoe.train.config import load_experiment
+from spattn_olmoe.train.dry_run import dry_run
+
+assert "doubling_windows" in available_patterns() and "doubling_windows" in available_variants()
+masks.save(masks.draw(find_variant("doubling_windows").build(4, 32)), "drawn.png")
+(run,) = plan_runs(TABLES["table1"], SCALES["paper"], seeds=1, out=Path("out"), variants=["doubling_windows"])[:1]
+assert run.name.endswith("-doubling_windows-seed0")
+dry_run(run.experiment())
+"""
+
+
 def test_one_new_file_is_a_new_type(tmp_path):
-    """The page as it stands: a copy of the package with the file in it, and the page's own check."""
+    """The page as it stands, in a copy of the package: the type is listed, drawn, reproduced and dry-run."""
+    pytest.importorskip("olmo_core")
     files = code_blocks("adding_an_attention_type.md")
-    shutil.copytree(ROOT / "spattn_olmoe", tmp_path / "spattn_olmoe", ignore=shutil.ignore_patterns("__pycache__"))
-    for path in ("spattn_olmoe/patterns/doubling_windows.py", "check_doubling_windows.py"):
-        (tmp_path / path).write_text(files[path])
+    ignored = shutil.ignore_patterns("__pycache__")
+    for folder in ("spattn_olmoe", "configs", "tests/patterns"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    path = "spattn_olmoe/patterns/doubling_windows.py"
+    (tmp_path / path).write_text(files[path])
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "check_doubling_windows.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", MEMBER], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    start = (
-        "DoublingWindows(n_heads=6, band_length=300, follows_input=False, head_order='natural', shortest=4) attends "
-    )
-    assert done.stdout.startswith(start)
+    assert (tmp_path / "drawn.png").exists()
+    assert "doubling_windows" in done.stdout and "attended pairs" in done.stdout
+    # The tests that run over all masks run over it.
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/patterns",
+        "-k",
+        "doubling_windows",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 5

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..patterns import Pattern, interval_table
+from ..patterns import Pattern
 from .fastest import triton_unsuitable
 from .scale import positive_scale
 
@@ -111,7 +111,7 @@ def _column(start: Tensor | int) -> Tensor | int:
 
 def _decode_unsuitable(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> str | None:
     """Why the decode kernel cannot serve a call, as the end of a sentence; None where it can."""
-    if interval_table(pattern) is None:
+    if pattern.table is None:
         return f"computes distance intervals, which {pattern.name!r} is not made of"
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return "decodes without gradients: call it under torch.no_grad(), or use impl='sdpa'"

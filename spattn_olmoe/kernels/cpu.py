@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..patterns import Pattern, interval_table
+from ..patterns import Pattern
 from .documents import document_spans
 from .reference import nothing, visible
 from .strips import Block, Span, Stack, Strips, stacks
@@ -43,7 +43,7 @@ def run(
 ) -> Tensor:
     """Attention and gradients, in float32 at least. Memory O(T * band), not O(T^2), for interval patterns."""
     B, T, H, D = q_BTHD.shape
-    table = interval_table(pattern)
+    table = pattern.table
     if table is None:
         mask = visible(pattern, q_BTHD, k_BTGD, cu_doc_lens, head_offset)
         return _sdpa(q_BTHD, k_BTGD, v_BTGD, scale, attn_mask=mask)

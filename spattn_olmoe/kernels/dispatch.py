@@ -133,7 +133,7 @@ def unsuitable(
         return f"computes on the CPU but q is on {device_type}: use impl='auto'"
     if impl == "sdpa" and (documents or not _is_dense(pattern, T)):
         return f"is dense causal attention without documents, not what {pattern.name!r} asks for here: use impl='auto'"
-    if impl == "triton" and pattern.constant_table() is None:
+    if impl == "triton" and pattern.table is None:
         return f"computes distance intervals, which {pattern.name!r} is not made of: use impl='auto'"
     if impl == "triton":
         return triton_unsuitable(device_type, dtype, head_dim)
@@ -141,13 +141,13 @@ def unsuitable(
 
 
 def _kind(pattern: Pattern, T: int, documents: bool) -> str:
-    if pattern.constant_table() is None:
+    if pattern.table is None:
         return "other"
     return "dense" if _is_dense(pattern, T) and not documents else "intervals"
 
 
 def _is_dense(pattern: Pattern, T: int) -> bool:
-    table = pattern.constant_table()
+    table = pattern.table
     return table is not None and all(head[0][0] == 0 and head[0][1] >= T for head in table)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..patterns import Pattern, interval_table
+from ..patterns import Pattern
 from ..patterns.base import MaskMod
 from .documents import document_starts
 
@@ -118,7 +118,7 @@ def _build(
         return pattern.mask_mod(b, h + head_offset, q_idx, kv_idx)
 
     mask_mod = _within_documents(of_global_heads, doc_start)
-    table = interval_table(pattern)
+    table = pattern.table
     if table is None:
         return create_block_mask(mask_mod, None if doc_start is None else B, H, T, T, device=device, BLOCK_SIZE=BLOCK)
 

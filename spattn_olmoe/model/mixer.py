@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed import DeviceMesh
 
 from ..kernels import IMPLEMENTATIONS, attention, cached_attention
-from ..patterns import Pattern, build_pattern, interval_table
+from ..patterns import Pattern, build_pattern
 
 log = logging.getLogger(__name__)
 
@@ -287,7 +287,7 @@ def warn_beyond_band_length(pattern: Pattern, T: int) -> None:
 
 @functools.cache
 def _warn_beyond_band_length(pattern: Pattern) -> None:
-    table = interval_table(pattern)
+    table = pattern.table
     if table is not None and max(hi for head in table for _, hi in head) <= pattern.band_length + 1:
         log.warning(
             "%s: this input is longer than the band length %d, and no head attends distances from there on",

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..evaluation.loss import HeldOut, summarise, token_losses
 from ..model.checkpoint import Checkpoint
-from ..patterns import Pattern, build_pattern, interval_table
+from ..patterns import Pattern, build_pattern
 
 _BATCH = 16
 _DIGITS = 6  # of losses in nats: far below what seeds differ by
@@ -70,14 +70,14 @@ def same_mask(a: Pattern, b: Pattern, T: int) -> bool:
     a, b = a.at_length(T), b.at_length(T)
     if a.follows_content or b.follows_content:
         return a == b
-    tables = interval_table(a), interval_table(b)
+    tables = a.table, b.table
     if None not in tables:
         return _clipped(a, T) == _clipped(b, T)
     return bool((a.dense_mask(T) == b.dense_mask(T)).all())
 
 
 def _clipped(pattern: Pattern, T: int) -> list[list[tuple[int, int]]]:
-    table = interval_table(pattern)
+    table = pattern.table
     assert table is not None
     return [[(lo, min(hi, T)) for lo, hi in head if lo < min(hi, T)] for head in table]
 

@@ -13,7 +13,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..patterns import VARIANTS, Pattern, causal_pairs, interval_table, variant_of
+from ..patterns import VARIANTS, Pattern, causal_pairs, variant_of
 from ..patterns.base import MaskMod
 
 PIXELS = 288
@@ -44,7 +44,7 @@ def allowed_share(pattern: Pattern, head: int, T: int, pixels: int = PIXELS) -> 
     Exact at any length. A closed form for patterns with intervals; else O(T^2) time and O(T) memory.
     """
     edges = _edges(T, pixels)
-    table = interval_table(pattern.at_length(T))
+    table = pattern.at_length(T).table
     if table is None:
         pairs = _count_cells(pattern.at_length(T), head, edges)
     else:
@@ -108,7 +108,7 @@ def _count_cells(pattern: Pattern, head: int, edges: np.ndarray) -> np.ndarray:
 
 def distances(pattern: Pattern, head: int, T: int) -> str:
     """The distances that a head attends within T tokens, ``d = 128-255``; without intervals, its share of pairs."""
-    table = interval_table(pattern.at_length(T))
+    table = pattern.at_length(T).table
     if table is None:
         pairs = round(float((allowed_share(pattern, head, T, pixels=1) * T * T).item()))
         return f"{_percent(pairs, causal_pairs(T))} of causal pairs"

@@ -6,7 +6,8 @@ Every module of this package registers the types it defines, so a new attention 
 import importlib
 import pkgutil
 
-from .base import MAX_INTERVALS, UNBOUNDED, Pattern, causal_pairs, interval_table
+from .base import MAX_INTERVALS, UNBOUNDED, Pattern, causal_pairs
+from .intervals import IntervalPattern
 from .registry import available_patterns, build_pattern, pattern_class, pattern_options, register_pattern
 from .variants import VARIANTS, Variant, available_variants, build_mask, find_variant, mask_name, variant_of
 
@@ -17,6 +18,7 @@ __all__ = [
     "MAX_INTERVALS",
     "UNBOUNDED",
     "VARIANTS",
+    "IntervalPattern",
     "Pattern",
     "Variant",
     "available_patterns",
@@ -25,7 +27,6 @@ __all__ = [
     "build_pattern",
     "causal_pairs",
     "find_variant",
-    "interval_table",
     "mask_name",
     "pattern_class",
     "pattern_options",

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from .base import UNBOUNDED, Interval, Pattern
+from .base import UNBOUNDED, Interval
+from .intervals import IntervalPattern
 from .registry import register_pattern
 
 
@@ -22,22 +20,18 @@ def band(n_heads: int, band_length: int, h: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class BandedPattern(Pattern):
+class BandedPattern(IntervalPattern):
     """A pattern that is made of each head's band ``[S_h, S_h + W_h)``."""
 
-    def bands(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """:func:`band` for a tensor of heads."""
-        base, extra = self.band_length // self.n_heads, self.band_length % self.n_heads  # torch.compile knows no divmod
-        return h * base + torch.clamp(h, max=extra), base + (h < extra).to(h.dtype)
+    def band(self, h: int) -> tuple[int, int]:
+        """Start ``S_h`` and width ``W_h`` of head ``h``'s band."""
+        return band(self.n_heads, self.band_length, h)
 
 
 @register_pattern("standard")
 @dataclass(frozen=True)
-class Standard(Pattern):
+class Standard(IntervalPattern):
     """Dense causal attention in every head: the baseline."""
-
-    def allows(self, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return (q_idx >= kv_idx) & (h >= 0)
 
     def head_intervals(self, h: int) -> list[Interval]:
         return [(0, UNBOUNDED)]
@@ -59,14 +53,8 @@ class SPAttention(BandedPattern):
         if not isinstance(self.local_sharing, bool):
             raise ValueError(f"attention.local_sharing={self.local_sharing!r}: must be true or false")
 
-    def allows(self, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        d = q_idx - kv_idx
-        start, width = self.bands(h)
-        in_band = (start <= d) & (d < start + width)
-        return in_band | (d <= width) if self.local_sharing else in_band
-
     def head_intervals(self, h: int) -> list[Interval]:
-        start, width = band(self.n_heads, self.band_length, h)
+        start, width = self.band(h)
         local = [(0, width + 1)] if self.local_sharing else []
         return [*local, (start, start + width)]
 
@@ -76,13 +64,8 @@ class SPAttention(BandedPattern):
 class ExclusiveBands(BandedPattern):
     """EBALL (Figure 2b): SPAttention without local sharing, which is Eq. 4 to the letter."""
 
-    def allows(self, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        d = q_idx - kv_idx
-        start, width = self.bands(h)
-        return (start <= d) & (d < start + width)
-
     def head_intervals(self, h: int) -> list[Interval]:
-        start, width = band(self.n_heads, self.band_length, h)
+        start, width = self.band(h)
         return [(start, start + width)]
 
 
@@ -91,13 +74,8 @@ class ExclusiveBands(BandedPattern):
 class GappedBands(BandedPattern):
     """GBHALF (Figure 2c): only the first half of each band, ``W_h // 2`` distances, which leaves gaps."""
 
-    def allows(self, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        d = q_idx - kv_idx
-        start, width = self.bands(h)
-        return (start <= d) & (d < start + width // 2)
-
     def head_intervals(self, h: int) -> list[Interval]:
-        start, width = band(self.n_heads, self.band_length, h)
+        start, width = self.band(h)
         return [(start, start + width // 2)]
 
 
@@ -106,10 +84,6 @@ class GappedBands(BandedPattern):
 class SlidingWindow(BandedPattern):
     """Sliding window (Figure 2a; "LocalOnly" in the released code): every head attends ``d <= W_h``."""
 
-    def allows(self, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        _, width = self.bands(h)
-        return q_idx - kv_idx <= width
-
     def head_intervals(self, h: int) -> list[Interval]:
-        _, width = band(self.n_heads, self.band_length, h)
+        _, width = self.band(h)
         return [(0, width + 1)]

@@ -28,6 +28,9 @@ _MASK_CELLS = 2**24  # cells of a dense mask looked at together when a pattern h
 
 Interval = tuple[int, int]
 
+IntervalTable = tuple[tuple[Interval, Interval], ...]
+"""Two intervals for each head."""
+
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -48,8 +51,8 @@ class Pattern(ABC):
     """One attention type at one number of heads and one band length.
 
     Hashable, picklable, printable; rebuilt with ``build_pattern(**pattern.to_config())``. A subclass states
-    :meth:`allows` and, where its mask is at most two distance intervals a head, :meth:`head_intervals`, which is
-    what makes it fast.
+    :meth:`allows`. One whose heads attend at most two intervals of distance derives from
+    :class:`.intervals.IntervalPattern` instead and states those, which is what makes it fast.
 
     :param n_heads: query heads ``H`` of the whole model, not of one rank.
     :param band_length: band length ``N``: the length that bands partition and that window sizes derive from.
@@ -67,7 +70,7 @@ class Pattern(ABC):
     name: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        self._check_whole("n_heads", "band_length", at_least=1)
+        self.check_whole("n_heads", "band_length", at_least=1)
         if not isinstance(self.follows_input, bool):
             raise ValueError(f"attention.follows_input={self.follows_input!r}: must be true or false")
         if self.head_order != NATURAL:
@@ -75,7 +78,7 @@ class Pattern(ABC):
             in_order = order == tuple(range(self.n_heads))  # equal patterns compare equal
             object.__setattr__(self, "head_order", NATURAL if in_order else order)
 
-    def _check_whole(self, *options: str, at_least: int, at_most: int = 2**31 - 1) -> None:
+    def check_whole(self, *options: str, at_least: int, at_most: int = 2**31 - 1) -> None:
         """Raise a ValueError unless these options are whole numbers in a range."""
         for key in options:
             value = getattr(self, key)
@@ -83,7 +86,7 @@ class Pattern(ABC):
                 most = f" and at most {at_most}" if isinstance(value, int) and value > at_most else ""
                 raise ValueError(f"attention.{key}={value!r}: must be a whole number of at least {at_least}{most}")
 
-    def _check_read(self, option: str, wanted: str, others: tuple[str, ...]) -> None:
+    def check_read(self, option: str, wanted: str, others: tuple[str, ...]) -> None:
         """Raise a ValueError where one of ``others`` is set and not read, because ``option`` is not ``wanted``."""
         for field in fields(self):
             value = getattr(self, field.name)
@@ -103,7 +106,7 @@ class Pattern(ABC):
         """
 
     def head_intervals(self, h: int) -> list[Interval] | None:
-        """The distances that head ``h`` attends as half-open intervals, or None where they are not at most two.
+        """The distances that head ``h`` attends, see :class:`.intervals.IntervalPattern`; None for any other pattern.
 
         In the natural order, as :meth:`allows`.
         """
@@ -204,12 +207,30 @@ class Pattern(ABC):
         return mask.expand(self.n_heads, stop - start, T)
 
     @property
-    def intervals(self) -> Tensor | None:
-        """Distance intervals, int ``(H, 2, 2)``: half-open ``[lo, hi)``, disjoint, ascending, empty as ``[0, 0)``.
+    def table(self) -> IntervalTable | None:
+        """Two distance intervals a head, in head order: half-open, disjoint, ascending, empty as ``(0, 0)``.
 
-        None where the mask is not at most two intervals of distance per head.
+        None where the mask is not at most two intervals of distance per head. Python ints, made once, and constants
+        under torch.compile. :attr:`intervals` is the same as a tensor.
         """
-        table = interval_table(self)
+        natural = self.natural_table
+        return None if natural is None else tuple(natural[h] for h in self._order)
+
+    @property
+    def natural_table(self) -> IntervalTable | None:
+        """:attr:`table` in the natural order of heads."""
+        # A compiled graph is reused for another pattern of the class unless it read what tells them apart. What a
+        # constant function reads does not count, but the hash reads every field, and is traced.
+        return self._constant_table(hash(self))
+
+    @torch.compiler.assume_constant_result  # of a method: PyTorch 2.11 cannot hand a pattern to such a function
+    def _constant_table(self, _fields: int) -> IntervalTable | None:
+        return _natural_table(self)
+
+    @property
+    def intervals(self) -> Tensor | None:
+        """:attr:`table` as a tensor, int32 ``(H, 2, 2)``; None where there is none."""
+        table = self.table
         return None if table is None else torch.tensor(table, dtype=torch.int32)
 
     def attended_pairs(self, T: int | None = None) -> int:
@@ -226,19 +247,11 @@ class Pattern(ABC):
         pairs = _natural_pairs_per_head(replace(self.at_length(T), head_order=NATURAL), T)
         return tuple(pairs[h] for h in self._order)
 
-    @torch.compiler.assume_constant_result
-    def constant_table(self) -> tuple[tuple[Interval, Interval], ...] | None:
-        """:func:`interval_table`, which torch.compile takes for a constant of the pattern in place of tracing it.
-
-        A method, because PyTorch 2.11 cannot hand a pattern to such a function.
-        """
-        return interval_table(self)
-
     def dead_rows(self, T: int | None = None) -> int:
         """Number of (head, query) rows that have no key at all, of ``H * T``. Their output is zero."""
         T = self.band_length if T is None else T
         pattern = self.at_length(T)
-        table = interval_table(pattern)
+        table = pattern.table
         if table is None:
             h, i = torch.arange(self.n_heads)[:, None], torch.arange(T)[None, :]
             if pattern.mask_mod(torch.zeros_like(h), h, i, i).all():  # every query attends itself
@@ -261,7 +274,7 @@ class Pattern(ABC):
 
 @functools.lru_cache(maxsize=512)  # asked for at every layer of every step, to count FLOPs
 def _natural_pairs_per_head(pattern: Pattern, T: int) -> tuple[int, ...]:
-    table = interval_table(pattern)
+    table = pattern.table
     if table is None:
         return pattern._count_pairs_per_head(T)
     return tuple(sum(_pairs_in(lo, hi, T) for lo, hi in head) for head in table)
@@ -279,10 +292,9 @@ def _pairs_in(lo: int, hi: int, T: int) -> int:
 
 
 @functools.lru_cache(maxsize=512)
-def interval_table(pattern: Pattern) -> tuple[tuple[Interval, Interval], ...] | None:
-    """:attr:`Pattern.intervals` as Python ints, cached: per head two disjoint ascending intervals, or None."""
+def _natural_table(pattern: Pattern) -> IntervalTable | None:
     rows = []
-    for h in pattern._order:
+    for h in range(pattern.n_heads):
         intervals = pattern.head_intervals(h)
         if intervals is None:
             return None
@@ -290,7 +302,7 @@ def interval_table(pattern: Pattern) -> tuple[tuple[Interval, Interval], ...] | 
         if len(merged) > MAX_INTERVALS:
             raise ValueError(
                 f"{pattern.name}: head {h} has {len(merged)} distance intervals, more than {MAX_INTERVALS}: "
-                "return None from head_intervals and let the mask speak"
+                "state such a mask with allows in place of head_intervals"
             )
         padded = (merged + [(0, 0)] * MAX_INTERVALS)[:MAX_INTERVALS]
         rows.append((padded[0], padded[1]))

@@ -38,10 +38,10 @@ class BigBird(Pattern):
         super().__post_init__()
         if self.random_links not in ("stride", "seeded"):
             raise ValueError(f"attention.random_links={self.random_links!r}: must be 'stride' or 'seeded'")
-        self._check_read("random_links", "seeded", ("seed", "block_size"))
-        self._check_whole("seed", at_least=0)
+        self.check_read("random_links", "seeded", ("seed", "block_size"))
+        self.check_whole("seed", at_least=0)
         if self.block_size is not None:
-            self._check_whole("block_size", at_least=1)
+            self.check_whole("block_size", at_least=1)
 
     @property
     def window(self) -> int:

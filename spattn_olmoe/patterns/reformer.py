@@ -46,11 +46,11 @@ class Reformer(Pattern):
         super().__post_init__()
         if self.buckets not in ("position", "lsh"):
             raise ValueError(f"attention.buckets={self.buckets!r}: must be 'position' or 'lsh'")
-        self._check_read("buckets", "lsh", ("n_hashes", "bucket_size", "seed"))
-        self._check_whole("n_hashes", at_least=1, at_most=64)
-        self._check_whole("seed", at_least=0)
+        self.check_read("buckets", "lsh", ("n_hashes", "bucket_size", "seed"))
+        self.check_whole("n_hashes", at_least=1, at_most=64)
+        self.check_whole("seed", at_least=0)
         if self.bucket_size is not None:
-            self._check_whole("bucket_size", at_least=1)
+            self.check_whole("bucket_size", at_least=1)
 
     @property
     def n_buckets(self) -> int:

@@ -302,12 +302,12 @@ def _package_attention(rule: AttentionRule, entry: str) -> Callable[..., Tensor]
     """Attention of an installed spattn_olmoe under its pattern of this rule; None where there is none."""
     try:  # transformers demands what is imported anywhere else
         from spattn_olmoe import attention
-        from spattn_olmoe.patterns import build_pattern, interval_table
+        from spattn_olmoe.patterns import build_pattern
 
         pattern = build_pattern(**ast.literal_eval(entry))
     except (ImportError, ValueError, TypeError):  # not installed, or a type that it does not know
         return None
-    table = interval_table(pattern)
+    table = pattern.table
     if table is None or tuple(tuple((lo, hi) for lo, hi in head if lo < hi) for head in table) != rule.intervals:
         log.warning(
             "the installed spattn_olmoe has other distances for %s than this model: its kernels are not used", entry

@@ -9,7 +9,6 @@ from attention_cases import Case, build, inputs
 from spattn_olmoe import attention
 from spattn_olmoe.kernels import cpu
 from spattn_olmoe.kernels.strips import stacks
-from spattn_olmoe.patterns import interval_table
 
 MASKS = ["spattention", "spattention+sharing", "gbhalf", "two_far_intervals"]
 CASES = [
@@ -45,7 +44,7 @@ def test_as_many_scores_as_pairs_and_a_chunk_a_query():
     for mask in ("spattention", "spattention+sharing", "sliding_window"):
         for N in (1024, 4096, 16384):
             pattern = build(mask, 8, N)
-            plan = stacks(interval_table(pattern), ((0, 1, 0, N),), torch.float32, block=2**17, tokens=2**14)
+            plan = stacks(pattern.table, ((0, 1, 0, N),), torch.float32, block=2**17, tokens=2**14)
             assert pattern.attended_pairs(N) <= sum(stack.scores for stack in plan)
             chunk = max(stack.chunk for stack in plan)
             queries = sum(strips.size * strips.length for stack in plan for strips in stack.strips)

@@ -21,7 +21,7 @@ from spattn_olmoe.kernels.dispatch import unsuitable
 from spattn_olmoe.kernels.triton import ops
 from spattn_olmoe.kernels.triton import schedule as plan
 from spattn_olmoe.kernels.triton import tile_sizes as configs
-from spattn_olmoe.patterns import Pattern, interval_table
+from spattn_olmoe.patterns import Pattern
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def test_agrees_with_the_shift_identity(name):
     xs = tensors(1, 150, 4, 2, 32)
     d_out = torch.randn(1, 150, 4, 32)
     exact = [x.detach().double() for x in xs]
-    expected = shifted_attention(*exact, d_out.double(), interval_table(pattern), 0.2)
+    expected = shifted_attention(*exact, d_out.double(), pattern.table, 0.2)
     actual = with_gradients(lambda *x: attention(*x, pattern, impl="triton", scale=0.2), xs, d_out)
     assert_close(actual, expected, 5e-6)
 
@@ -307,7 +307,7 @@ def slots_of(made):
 @pytest.mark.parametrize("name", ["exclusive", "sharing", "dense", "gbhalf", "fixed"])
 def test_a_plan_names_every_tile_with_a_pair_once_and_no_other(name, T):
     pattern, tile = build(name, 8, 1000), 64
-    heads, mask = interval_table(pattern), pattern.dense_mask(T)
+    heads, mask = pattern.table, pattern.dense_mask(T)
     n_tiles = -(-T // tile)
     rows = torch.nn.functional.pad(mask.any(-1), (0, n_tiles * tile - T)).unflatten(1, (n_tiles, tile)).any(-1)
     keys = torch.nn.functional.pad(mask.any(-2), (0, n_tiles * tile - T)).unflatten(1, (n_tiles, tile)).any(-1)
@@ -337,7 +337,7 @@ def finish(work, processors):
 def test_programs_start_in_an_order_about_as_good_as_longest_first(name):
     T, tile = 4096, 128
     pattern = build(name, 8, T)
-    heads, d = interval_table(pattern), torch.arange(T)
+    heads, d = pattern.table, torch.arange(T)
     for made, of_keys in (
         (plan.query_plan(heads, T, tile, torch.device("cpu")), False),
         (plan.key_plan(heads, 1, T, tile, torch.device("cpu")), True),
@@ -381,7 +381,7 @@ def test_decoding_splits_a_long_cache_and_never_reads_a_key_out_of_its_intervals
     assert ops._splits(2, 2048, q.device) > 1
     expected = cached_attention(q, k, v, pattern, start=3000, impl="sdpa")
     d = 3000 - torch.arange(4096)
-    for h, ((lo, hi), _) in enumerate(interval_table(pattern)):
+    for h, ((lo, hi), _) in enumerate(pattern.table):
         unread = (d < lo) | (d >= hi)
         k[:, unread, h] = float("nan")
         v[:, unread, h] = float("nan")

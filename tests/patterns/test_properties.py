@@ -1,11 +1,12 @@
 """What the paper promises of the masks (Eq. 5, Eq. 8, balance), on shapes that hypothesis chooses."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_oracle import MASKS, WITH_INTERVALS, build
 
-from spattn_olmoe.patterns import UNBOUNDED
+from spattn_olmoe.patterns import UNBOUNDED, build_pattern
 
 on_many_shapes = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -123,3 +124,20 @@ def test_intervals_are_disjoint_ascending_and_empty_as_zeros(shape, mask):
 
 def test_half_of_a_band_of_one_token_is_empty():
     assert build("gbhalf", 4, 4).intervals.tolist() == [[[0, 0], [0, 0]]] * 4
+
+
+@pytest.mark.parametrize("asked", ["intervals", "mask"])
+def test_a_compiled_graph_is_not_reused_for_another_mask_of_the_type(asked):
+    """The intervals are constants of a graph, so all options are among what a graph is chosen by."""
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def compiled(pattern, h, i, j):
+        if asked == "mask":
+            return pattern.mask_mod(h, h, i, j)
+        return torch.stack([i[0, 0] * 0 + end for head in pattern.table for pair in head for end in pair])
+
+    h, i, j = torch.arange(4)[:, None, None], torch.arange(20)[:, None], torch.arange(20)
+    for options in ({}, {"local_sharing": True}, {"head_order": (3, 1, 2, 0)}, {"head_order": (1, 3, 2, 0)}):
+        pattern = build_pattern("spattention", 4, 20, **options)
+        expected = pattern.dense_mask(20) if asked == "mask" else pattern.intervals.flatten().long()
+        assert torch.equal(compiled(pattern, h, i, j), expected), options

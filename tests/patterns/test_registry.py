@@ -251,7 +251,7 @@ class Stripes(Pattern):
 def test_more_intervals_than_kernels_take_is_an_error():
     assert MAX_INTERVALS == 2
     pattern = Stripes(n_heads=2, band_length=20, stripes=((0, 2), (5, 6), (9, 12)))
-    with pytest.raises(ValueError, match="head 0 has 3 distance intervals, more than 2: return None"):
+    with pytest.raises(ValueError, match="head 0 has 3 distance intervals, more than 2: state such a mask with allows"):
         _ = pattern.intervals
 
 

@@ -52,6 +52,6 @@ def decode(
 
 def local_intervals(pattern: Pattern, head_offset: int, H: int) -> list[int]:
     """``lo, hi, lo, hi`` of ``H`` heads from ``head_offset`` on, flat."""
-    table = pattern.constant_table()
+    table = pattern.table
     assert table is not None, "the front door sends only patterns that are intervals"
     return [bound for head in table[head_offset : head_offset + H] for pair in head for bound in pair]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...patterns import UNBOUNDED, Pattern, interval_table
+from ...patterns import UNBOUNDED, Pattern
 from ...patterns.bigbird import BigBird
 from ...patterns.longformer import PLAIN_CAUSAL_UP_TO, Longformer
 from ...patterns.reformer import Reformer
@@ -16,7 +16,7 @@ def rule_of(pattern: Pattern) -> AttentionRule:
     """
     if pattern.follows_input:
         raise _refused(pattern, "follows_input=true, so that its mask changes with every new token")
-    table = interval_table(pattern)
+    table = pattern.table
     if table is not None:
         return AttentionRule(tuple(tuple(interval for interval in head if interval[0] < interval[1]) for head in table))
     if isinstance(pattern, Reformer) and pattern.follows_content:
