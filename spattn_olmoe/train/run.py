@@ -32,6 +32,7 @@ from .layout import check_layout
 from .metrics import MetricsFile, run_folder
 from .progress import Progress, Throughput
 from .shards import DATA_FILE, check_data, check_same_data, data_files, shard_hashes, tokenizer_file, verify_shards
+from .watch import Heartbeat, Stragglers
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,8 @@ def build_trainer(config: ExperimentConfig) -> Trainer:
         "speed_monitor": Throughput(),
         "metrics_file": MetricsFile(),
         "config_saver": ConfigSaverCallback(),
+        "heartbeat": Heartbeat(),
+        "stragglers": Stragglers(),
     }.items():
         if not _has(trainer_config.callbacks.values(), type(callback)):
             trainer_config.callbacks.setdefault(name, callback)

@@ -7,7 +7,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -152,3 +152,34 @@ class SlowToHear(Fault):
 
     def post_train(self) -> None:
         print(f"rank {get_rank()} stops after step {self.step}", flush=True)
+
+
+@dataclass
+class Pause(Callback):
+    """At given steps rank 0 waits until a file is there, and the other ranks wait for it.
+
+    :param steps: at which, before they begin.
+    :param folder: of the files, whose names are the steps.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    folder: str = ""
+
+    def pre_step(self, batch: dict[str, Any]) -> None:
+        if self.step in self.steps and get_rank() == 0:
+            (Path(self.folder) / f"at-{self.step}").touch()
+            while not (Path(self.folder) / str(self.step)).exists():
+                time.sleep(0.02)
+
+
+@dataclass
+class Slow(Callback):
+    """One rank takes longer for the forward pass of every layer."""
+
+    rank: int = 0
+    seconds: float = 0.1
+
+    def pre_train(self) -> None:
+        if get_rank() == self.rank:
+            for block in self.trainer.train_module.model.blocks.values():  # type: ignore[attr-defined]
+                block.attention.register_forward_pre_hook(lambda module, args: time.sleep(self.seconds))
