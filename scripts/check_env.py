@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from spattn_olmoe.errors import Parser, quiet, user_errors
+from spattn_olmoe.exit_code import kept_exit_code
 
 
 def main() -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("--config", required=True, help="a YAML file, see configs/")
+    parser.add_argument(
+        "--min-bandwidth", type=float, default=0.0, metavar="GB/S", help="fail below this all-reduce between GPUs"
+    )
+    parser.add_argument(
+        "--failed-nodes", type=Path, metavar="FILE", help="write the machines that fail to it, one a line"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train.py")
     args = parser.parse_intermixed_args()
     with user_errors():
@@ -27,8 +35,11 @@ def main() -> int:
         from spattn_olmoe.train.config import load_experiment
 
         config = load_experiment(args.config, args.overrides)
-        rows = check_cluster(config)
+        found = check_cluster(config, args.min_bandwidth)
+    rows = found.rows
     if os.environ.get("RANK", "0") == "0":
+        if args.failed_nodes is not None and found.failed_nodes:
+            args.failed_nodes.write_text("".join(f"{node}\n" for node in found.failed_nodes))
         table = Table("check", "", "found", "remedy", title=config.name, min_width=100)
         style = {OK: "green", WARN: "yellow", FAIL: "bold red"}
         for row in rows:
@@ -38,4 +49,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with kept_exit_code():
+        sys.exit(main())

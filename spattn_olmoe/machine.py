@@ -119,7 +119,7 @@ def describe(device: str, note: str | None = None) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "driver": _driver() if device.startswith("cuda") else None,
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
-        "commit": _git("rev-parse", "HEAD") or os.environ.get(COMMIT) or None,
+        "commit": commit(),
         "changed": None if changes is None else bool(changes),
         "command": " ".join(["python", *sys.argv]),
         **({"note": note} if note else {}),
@@ -141,6 +141,11 @@ def as_line(about: Mapping[str, Any]) -> str:
 def made_on(machines: Iterable[Mapping[str, Any]]) -> list[str]:
     """The end of a report: where its results were made, each machine, commit and command once."""
     return ["Made on:", "", *dict.fromkeys(f"- {as_line(about)}" for about in machines)]
+
+
+def commit() -> str | None:
+    """The commit of this code: git's, or what the image was built with. None where neither is known."""
+    return _git("rev-parse", "HEAD") or os.environ.get(COMMIT) or None
 
 
 def device_name(device: str) -> str:

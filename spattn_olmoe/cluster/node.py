@@ -39,6 +39,8 @@ CHECKED_PACKAGES = ("torch", "numpy", "triton", "omegaconf", "tokenizers", "wand
 
 MIN_OPEN_FILES = 4096
 MIN_SHARED_MEMORY = 2**30
+MIN_SHARED_MEMORY_FREE = 0.05
+"""Of its size: less is left where earlier jobs did not clean up."""
 MIN_HOST_MEMORY = 8 * 10**9
 SLOW_SAVE = 300
 """Seconds that writing a checkpoint may take."""
@@ -286,8 +288,16 @@ def wandb(config: ExperimentConfig) -> Iterator[Row]:
 def system(config: ExperimentConfig) -> Iterator[Row]:
     """Limits of the operating system that end runs."""
     workers = config.data_loader.num_workers
-    size = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
+    size, _, free = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else (0, 0, 0)
     enough = size >= MIN_SHARED_MEMORY or workers == 0
+    if size and free < size * MIN_SHARED_MEMORY_FREE:
+        yield Row(
+            "shared memory",
+            FAIL,
+            f"{free / 2**20:,.0f} of {size / 2**20:,.0f} MiB free in /dev/shm",
+            "files of ended jobs: ls -l /dev/shm, and delete them",
+        )
+        return
     yield Row(
         "shared memory",
         OK if enough else FAIL,

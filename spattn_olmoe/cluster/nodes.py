@@ -6,6 +6,7 @@ import os
 import socket
 import tempfile
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,29 +23,47 @@ from .node import FAIL, OK, WARN, Row, check_node
 TIMEOUT = timedelta(seconds=120)
 MAX_SKEW = 1.0
 """Seconds by which the clocks of machines may differ."""
-ELEMENTS = 2**22
-"""float32 elements of the all-reduce: 16 MiB."""
+ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+"""float32 elements of the all-reduce: 16 MiB, and 256 MiB on GPUs, where less does not show their bandwidth."""
 
 
-def check_cluster(config: ExperimentConfig) -> list[Row]:
-    """All checks, on every machine of a ``torchrun`` job, or on this one alone. Every rank gets every row.
+@dataclass(frozen=True)
+class Findings:
+    """What the checks of a cluster found."""
 
+    rows: list[Row]
+    failed_nodes: list[str]
+    """Machines with a failure of their own, where others have none: the job would run without them."""
+
+
+def check_cluster(config: ExperimentConfig, min_bandwidth: float = 0.0) -> Findings:
+    """All checks, on every machine of a ``torchrun`` job, or on this one alone. Every rank gets all findings.
+
+    :param min_bandwidth: a slower all-reduce between GPUs is a failure, in GB/s.
     :raises DistStoreError, RuntimeError: the processes cannot reach each other at all.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if "RANK" not in os.environ:
-        return merge([("", check_node(config, ranks, 1) + fits(config, ranks, alone=True) + [all_reduce_here()])])
+        rows = check_node(config, ranks, 1) + fits(config, ranks, alone=True) + [all_reduce_here()]
+        return Findings(merge([("", rows)]), [])
     device = _device()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         nodes = ranks // int(os.environ["LOCAL_WORLD_SIZE"])
         own = check_node(config, ranks, nodes) if os.environ["LOCAL_RANK"] == "0" else []
         gathered: list[tuple[str, list[Row]]] = [("", [])] * ranks
-        dist.all_gather_object(gathered, (socket.gethostname(), own))
-        rows = merge([(host, rows) for host, rows in gathered if rows])
-        return [*rows, *fits(config, ranks), all_reduce(device), clock_skew()]
+        dist.all_gather_object(gathered, (os.environ.get("SLURMD_NODENAME") or socket.gethostname(), own))
+        by_host = [(host, rows) for host, rows in gathered if rows]
+        rows = [*merge(by_host), *fits(config, ranks), all_reduce(device, min_bandwidth), clock_skew()]
+        return Findings(rows, failed_nodes(by_host))
     finally:
         dist.destroy_process_group()
+
+
+def failed_nodes(by_host: list[tuple[str, list[Row]]]) -> list[str]:
+    """The machines that fail a check, unless all of them do: that is not the fault of a machine."""
+    failed = [host for host, rows in by_host if any(row.status == FAIL for row in rows)]
+    return failed if len(failed) < len(by_host) else []
 
 
 def fits(config: ExperimentConfig, ranks: int, alone: bool = False) -> list[Row]:
@@ -60,22 +79,35 @@ def fits(config: ExperimentConfig, ranks: int, alone: bool = False) -> list[Row]
     return [Row("layout", OK, f"fits {ranks} processes")]
 
 
-def all_reduce(device: torch.device) -> Row:
-    """A real all-reduce over all processes: is the sum right, and how fast was it?"""
+def all_reduce(device: torch.device, min_bandwidth: float = 0.0) -> Row:
+    """A real all-reduce over all processes: is the sum right, and how fast was it?
+
+    :param min_bandwidth: between GPUs, a bus bandwidth below it is a failure, in GB/s.
+    """
     size = dist.get_world_size()
-    x = torch.full((ELEMENTS,), float(dist.get_rank() + 1), device=device)
+    x = torch.full((ELEMENTS[device.type],), float(dist.get_rank() + 1), device=device)
     dist.all_reduce(x)  # the first one connects
     right = bool((x == size * (size + 1) / 2).all())
+    seconds = min(_seconds(x) for _ in range(3))
+    speed = 2 * (size - 1) / size * x.numel() * x.element_size() / seconds / 1e9
+    found = f"{dist.get_backend()} over {size} processes, {speed:.2f} GB/s"
+    if not right:
+        return Row("all-reduce", FAIL, found, "the sum is wrong: look for a broken GPU or link")
+    if device.type == "cuda" and size > 1 and speed < min_bandwidth:
+        remedy = (
+            "NCCL_DEBUG=INFO names the transport: look for TCP in place of InfiniBand, NVLink that is off, a slow link"
+        )
+        return Row("all-reduce", FAIL, f"{found}, less than {min_bandwidth:g}", remedy)
+    return Row("all-reduce", OK, found)
+
+
+def _seconds(x: torch.Tensor) -> float:
+    """How long an all-reduce takes."""
     start = time.perf_counter()
     dist.all_reduce(x)
-    if device.type == "cuda":
+    if x.is_cuda:
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    moved = 2 * (size - 1) / size * x.numel() * x.element_size()
-    found = f"{dist.get_backend()} over {size} processes, {moved / seconds / 1e9:.2f} GB/s"
-    return Row(
-        "all-reduce", OK if right else FAIL, found, "" if right else "the sum is wrong: look for a broken GPU or link"
-    )
+    return time.perf_counter() - start
 
 
 def all_reduce_here() -> Row:

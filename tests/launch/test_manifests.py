@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import shutil
+import subprocess
 
+import pytest
 import yaml
 
 from spattn_olmoe import __version__, machine
@@ -15,7 +18,9 @@ from tests.conftest import ROOT
 
 LAUNCH = ROOT / "scripts/launch"
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
-SERVICE, JOB = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+JOBSET = yaml.safe_load((LAUNCH / "kubernetes/jobset.yaml").read_text())
+(REPLICATED,) = JOBSET["spec"]["replicatedJobs"]
+JOB = REPLICATED["template"]
 POD = JOB["spec"]["template"]["spec"]
 (TRAIN,) = POD["containers"]
 (CHECK,) = POD["initContainers"]
@@ -25,10 +30,14 @@ def test_pods_find_each_other():
     nodes = JOB["spec"]["completions"]
     assert JOB["spec"]["completionMode"] == "Indexed" and JOB["spec"]["parallelism"] == nodes
     assert f"--nnodes={nodes}" in TRAIN["command"]
-    job, service = JOB["metadata"]["name"], SERVICE["metadata"]["name"]
-    assert SERVICE["spec"]["clusterIP"] == "None" and SERVICE["spec"]["selector"] == {"job-name": job}
-    assert POD["subdomain"] == service
-    assert f"--rdzv_endpoint={job}-0.{service}:29500" in TRAIN["command"]
+    name = JOBSET["metadata"]["name"]
+    assert JOBSET["spec"]["network"]["enableDNSHostnames"]
+    assert (
+        f"--master_addr={name}-{REPLICATED['name']}-0-0.{name}" in TRAIN["command"]
+    )  # pod 0 of job 0, as JobSet names it
+    (rank,) = [item["valueFrom"] for item in TRAIN["env"] if item["name"] == "NODE_RANK"]
+    assert rank == {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
+    assert "--node_rank=$(NODE_RANK)" in TRAIN["command"]
     gpus = TRAIN["resources"]["limits"]["nvidia.com/gpu"]
     assert f"--nproc_per_node={gpus}" in TRAIN["command"]
     assert f"--gpus={nodes * gpus}" in CHECK["args"]
@@ -49,7 +58,11 @@ def test_a_stopped_pod_has_time_to_save_and_a_wrong_config_is_not_tried_again():
     assert timeout < POD["terminationGracePeriodSeconds"]
     rules = {rule["action"]: rule for rule in JOB["spec"]["podFailurePolicy"]["rules"]}
     assert rules["FailJob"]["onExitCodes"] == {"containerName": CHECK["name"], "operator": "In", "values": [2]}
-    assert rules["Ignore"]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    (rule,) = JOBSET["spec"]["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    assert (
+        JOBSET["spec"]["failurePolicy"]["maxRestarts"] > 0 == JOB["spec"]["backoffLimit"]
+    )  # the gang starts again as one
 
 
 def test_what_is_mounted_is_declared_and_where_the_image_works():
@@ -76,6 +89,34 @@ def test_the_image_copies_what_is_there_and_the_context_has_it():
         assert any(fnmatch.fnmatch(name, f"{pattern}*") for pattern in kept), name
     (image,) = re.findall(r"^ARG BASE=(\S+)$", DOCKERFILE, flags=re.MULTILINE)
     assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-base-ubuntu\d\d\.04(@sha256:[0-9a-f]{64})?", image)
+
+
+@pytest.mark.parametrize("version", ["1.29", "1.33", "1.37"])
+def test_kubernetes_own_schema_finds_nothing(version: str):
+    validate = pytest.importorskip("kubernetes_validate")
+    validate.validate({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **JOB}, version, strict=True)
+    wrong = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "x"},
+        "spec": {**JOB["spec"], "completion": 2},
+    }
+    with pytest.raises(validate.ValidationError):
+        validate.validate(wrong, version, strict=True)
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_the_variant_for_infiniband_adds_its_devices():
+    out = subprocess.run(
+        ["kubectl", "kustomize", LAUNCH / "kubernetes_rdma"], capture_output=True, text=True, check=True
+    ).stdout
+    (container,) = yaml.safe_load(out)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][
+        "containers"
+    ]
+    gpus = container["resources"]["limits"]["nvidia.com/gpu"]
+    assert container["resources"]["limits"]["rdma/hca_shared_devices_a"] == gpus
+    assert container["securityContext"]["capabilities"] == {"add": ["IPC_LOCK"], "drop": ["ALL"]}
+    assert container["command"] == TRAIN["command"]
 
 
 def test_the_first_process_passes_signals_on():

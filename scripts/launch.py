@@ -1,0 +1,45 @@
+"""Submit training to a cluster: checked on the login node, one job an attention type.
+
+python scripts/launch.py --cluster configs/cluster/example_slurm.yaml --config configs/1b7b_spattn.yaml [key=value ...]
+python scripts/launch.py --cluster ... --config ... --types spattention,standard --print
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from spattn_olmoe.errors import quiet, user_errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cluster", required=True, help="a YAML file, see configs/cluster/")
+    parser.add_argument("--config", required=True, help="a YAML file, see configs/")
+    parser.add_argument("--types", help="attention types, separated by commas: a run for each")
+    parser.add_argument("--print", action="store_true", help="print the jobs; write and submit nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train.py")
+    args = parser.parse_intermixed_args()
+    with user_errors():
+        quiet()
+
+        from spattn_olmoe.cluster import kubernetes, slurm
+        from spattn_olmoe.cluster.launch import plan_runs
+        from spattn_olmoe.cluster.profile import load_profile
+
+        profile = load_profile(args.cluster)
+        scheduler = {"slurm": slurm, "kubernetes": kubernetes}[profile.kind]
+        runs = plan_runs(profile, args.config, args.overrides, args.types.split(",") if args.types else [])
+        if args.print:
+            for run in runs:
+                print(scheduler.job_script(profile, run))
+            return
+        scripts = [run.write(profile, scheduler.FILE, scheduler.job_script(profile, run)) for run in runs]
+        for run, script in zip(runs, scripts, strict=True):  # all are checked before one is submitted
+            scheduler.check_queue(run)
+            scheduler.check_job(script)
+        for run, script in zip(runs, scripts, strict=True):
+            print(scheduler.how_to(run, scheduler.submit(script)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The launcher without a cluster: what it would submit, and what it refuses before that."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks.tiny import write_data
+from spattn_olmoe.cluster import kubernetes, slurm
+from spattn_olmoe.cluster.launch import Run, plan_run, plan_runs
+from spattn_olmoe.cluster.profile import Profile, load_profile
+from spattn_olmoe.lock import Lock
+from tests.conftest import ROOT
+from tests.faults.processes import command
+
+EXAMPLES = ROOT / "configs/cluster"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("launch") / "data")
+
+
+@pytest.fixture
+def arguments(data: Path, tmp_path: Path) -> list[str]:
+    """``--config`` and overrides of a tiny run."""
+    return command(tmp_path / "runs/tiny-spattention", data)[1:]
+
+
+def profile(**changes: object) -> Profile:
+    return replace(load_profile(EXAMPLES / "example_slurm.yaml"), **{"nodes": 1, "gpus_per_node": 2, **changes})
+
+
+def run(arguments: list[str], **changes: object) -> Run:
+    config, *overrides = arguments
+    return plan_run(profile(**changes), config.removeprefix("--config="), overrides)
+
+
+def test_the_job_of_slurm_holds_the_profile_and_the_run(arguments: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    cluster = profile(
+        partition="gpu", options=["--qos=long"], env={"NCCL_IB_HCA": "mlx5 0"}, srun_options=["--container-image=a b"]
+    )
+    script = slurm.job_script(cluster, run(arguments))
+    for line in (
+        "#SBATCH --partition=gpu",
+        "#SBATCH --qos=long",
+        "#SBATCH --gpus-per-node=2",
+        "#SBATCH --job-name=tiny-spattention",
+        "#SBATCH --signal=B:USR1@600",
+        "#SBATCH --mem=0",
+        "export NCCL_IB_HCA='mlx5 0'",
+        "srun_options=('--container-image=a b')",
+        "source .venv/bin/activate",
+    ):
+        assert script.splitlines().count(line) == 1, line
+    assert "ADAPT" not in script and "--account" not in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def test_the_manifest_of_kubernetes_holds_the_profile_and_the_run(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    validate = pytest.importorskip("kubernetes_validate")
+    monkeypatch.chdir(ROOT)
+    cluster = replace(
+        load_profile(EXAMPLES / "example_kubernetes.yaml"),
+        nodes=1,
+        gpus_per_node=2,
+        rdma="rdma/hca",
+        queue="training",
+        env={"NCCL_IB_HCA": "mlx5"},
+    )
+    jobset = yaml.safe_load(kubernetes.job_script(cluster, run(arguments)))
+    assert jobset["metadata"]["name"] == "tiny-spattention"
+    assert jobset["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "training"}
+    job = jobset["spec"]["replicatedJobs"][0]["template"]
+    validate.validate({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **job}, "1.29", strict=True)
+    (train,) = job["spec"]["template"]["spec"]["containers"]
+    assert train["resources"]["limits"] == {"memory": "512Gi", "nvidia.com/gpu": 2, "rdma/hca": 2}
+    assert "--master_addr=tiny-spattention-train-0-0.tiny-spattention" in train["command"]
+    assert {"name": "NCCL_IB_HCA", "value": "mlx5"} in train["env"]
+    assert train["args"][0] == "--config" and train["args"][1].endswith(".yaml")
+
+
+def test_one_run_a_type(arguments: list[str]):
+    config, *overrides = [item for item in arguments if not item.startswith(("attention.type", "trainer.save_folder"))]
+    folder = "trainer.save_folder=runs/${name}-${attention.type}"
+    runs = plan_runs(profile(), config.removeprefix("--config="), [*overrides, folder], ["standard", "eball"])
+    assert [r.name for r in runs] == ["tiny-standard", "tiny-eball"]
+    with pytest.raises(ValueError, match="several runs"):
+        plan_runs(
+            profile(), config.removeprefix("--config="), [*overrides, "trainer.save_folder=x"], ["standard", "eball"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda text: text.replace("partition:", "partitoin:"),
+            "partitoin is not a key of Profile; did you mean 'partition'?",
+        ),
+        (
+            lambda text: text.replace("kind: slurm", "kind: slrum"),
+            "kind='slrum' must be one of slurm, kubernetes; did you mean 'slurm'?",
+        ),
+        (lambda text: text.replace("nodes: 2", "nodes: 0", 1), "nodes=0 must be at least 1"),
+        (lambda text: text.replace("nodes: 2", "nodes: two", 1), "nodes: Value 'two'"),
+        (lambda text: text.replace("gpu: h100", "gpu: h1000"), "gpu='h1000' must be one of"),
+        (lambda text: text.replace("kind: slurm", ""), "missing mandatory value: kind"),
+    ],
+)
+def test_a_wrong_profile_is_one_line(tmp_path: Path, change: Callable[[str], str], words: str):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(change((EXAMPLES / "example_slurm.yaml").read_text()))
+    with pytest.raises(ValueError) as error:
+        load_profile(path)
+    assert words in str(error.value)
+
+
+def test_what_cannot_work_is_refused_before_it_queues(arguments: list[str], tmp_path: Path):
+    with pytest.raises(ValueError, match="must be a multiple of 3 data-parallel ranks"):
+        run(arguments, gpus_per_node=3)
+    with pytest.raises(ValueError, match=r"needs an estimated .* GiB of memory on each of 2 GPUs, and a H100 has"):
+        run([*arguments, "model.d_model=65536", "model.n_layers=64"])
+    with pytest.raises(ValueError, match="is a URL"):
+        run([*arguments, "trainer.save_folder=s3://bucket/run"])
+    (tmp_path / "runs/tiny-spattention").mkdir(parents=True)
+    held = Lock(tmp_path / "runs/tiny-spattention")
+    with pytest.raises(ValueError, match="is in use: "):
+        run(arguments)
+    held.release()
+
+
+def test_without_slurm_it_says_so_in_one_line(arguments: list[str], tmp_path: Path):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(
+        (EXAMPLES / "example_slurm.yaml")
+        .read_text()
+        .replace("nodes: 2", "nodes: 1", 1)
+        .replace("gpus_per_node: 8", "gpus_per_node: 2")
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:/nowhere"}
+    launcher = [sys.executable, "scripts/launch.py", "--cluster", str(path), *arguments]
+    done = subprocess.run(launcher, capture_output=True, text=True, cwd=ROOT, env=env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.strip() == "error: squeue is not installed: start the launcher on a login node of the cluster"
