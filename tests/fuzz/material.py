@@ -1,0 +1,102 @@
+"""What inputs are made from: one good example of every kind of file."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from spattn_olmoe.evaluation.run import FORMAT
+
+from .guard import CANARY
+
+
+@dataclass(frozen=True)
+class Material:
+    """Good files.
+
+    :param yaml: an experiment.
+    :param data: prepared token shards.
+    :param checkpoint: a checkpoint of it.
+    """
+
+    yaml: Path
+    data: Path
+    checkpoint: Path
+
+    @classmethod
+    def make(cls, folder: Path) -> Material:
+        """Prepare a corpus and train a few steps."""
+        from tests.conftest import prepare_tiny_data, run_training, write_tiny_yaml
+
+        data = prepare_tiny_data(folder)
+        yaml = write_tiny_yaml(folder / "tiny.yaml", data)
+        done = run_training(yaml, f"trainer.save_folder={folder}/run", cwd=folder)
+        assert done.returncode == 0, done.stderr
+        return cls(yaml, data, folder / "run/step12")
+
+
+def sources(folder: Path) -> None:
+    """A small corpus in every format, and a module that no command may import."""
+    lines = "".join(json.dumps({"text": f"document {i} " * 20, "id": i}) + "\n" for i in range(40)).encode()
+    (folder / "a.jsonl").write_bytes(lines)
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (folder / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
+    (folder / "a.txt").write_bytes(b"first\n\nsecond\r\n\r\nthird\n")
+    (folder / "path").mkdir()
+    (folder / f"path/{CANARY}.py").write_text("raise SystemExit('a stranger ran code')\n")
+
+
+def results() -> dict[str, Any]:
+    """A results file of ``scripts/evaluate.py`` with one task of two questions."""
+    score = {"value": 0.5, "stderr": 0.5, "n": 2, "chance": 0.5}
+    return {
+        "format": FORMAT,
+        "suite": "tasks",
+        "columns": [{"label": "copa", "task": "copa", "num_fewshot": None, "metric": "acc"}],
+        "checkpoint": "runs/a/step1",
+        "attention": [{"name": "spattention", "n_heads": 4, "band_length": 32, "follows_input": False}],
+        "follows_input": False,
+        "max_length": 32,
+        "truncated_requests": 0,
+        "offline": True,
+        "data": {"copa": "x"},
+        "limit": None,
+        "batch_size": 1,
+        "device": "cpu",
+        "ranks": 1,
+        "versions": {"python": "3"},
+        "measurements": {
+            "copa": {
+                "task": "copa",
+                "num_fewshot": None,
+                "metrics": {"acc": score},
+                "questions": {"copa": {"doc_hash": ["a", "b"], "acc": [0.0, 1.0]}},
+            }
+        },
+    }
+
+
+def preload() -> None:
+    """Import what the commands import, once for all forks."""
+    import lm_eval.api.model  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+    import olmo_core.generate.generation_module
+    import olmo_core.train  # noqa: F401
+
+    import spattn_olmoe.cluster.report
+    import spattn_olmoe.data
+    import spattn_olmoe.evaluation.commands
+    import spattn_olmoe.evaluation.model
+    import spattn_olmoe.paper.head_report
+    import spattn_olmoe.paper.losses
+    import spattn_olmoe.paper.masks
+    import spattn_olmoe.train.faults
+    import spattn_olmoe.train.run  # noqa: F401
+
+    sys.dont_write_bytecode = True
