@@ -5,6 +5,7 @@ python scripts/analyze_heads.py --checkpoint runs/quickstart-spattention runs/qu
 
 from __future__ import annotations
 
+from spattn_olmoe import trust
 from spattn_olmoe.errors import Parser, quiet, user_errors
 
 
@@ -15,6 +16,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=32, help="held-out sequences to look at (default 32)")
     parser.add_argument("--length", type=int, help="tokens of each; by default the length of training")
     parser.add_argument("--out", required=True, help="folder for heads.json, heads.md and heads.png")
+    trust.add_argument(parser)
     args = parser.parse_args()
     with user_errors():
         quiet()

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from spattn_olmoe import trust
 from spattn_olmoe.errors import Parser, quiet, user_errors
 from spattn_olmoe.exit_code import kept_exit_code
 
@@ -27,6 +28,7 @@ def main() -> int:
         "--failed-nodes", type=Path, metavar="FILE", help="write the machines that fail to it, one a line"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train.py")
+    trust.add_argument(parser)
     args = parser.parse_intermixed_args()
     with user_errors():
         quiet()

@@ -13,6 +13,7 @@ import sys
 
 from matplotlib.figure import Figure
 
+from spattn_olmoe import trust
 from spattn_olmoe.errors import Parser, quiet, user_errors
 from spattn_olmoe.paper import masks
 from spattn_olmoe.patterns import Pattern, build_mask
@@ -34,6 +35,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--length", type=int, help="input length T (default: the band length, or a run's of training)")
     parser.add_argument("--out", required=True, help="the picture to write, .png")
     parser.add_argument("words", nargs="*", metavar="key=value", help="with --type or --config")
+    trust.add_argument(parser)
     args = parser.parse_args(argv)
     shape = [
         key for key, value in {"--heads": args.heads, "--band-length": args.band_length}.items() if value is not None
@@ -44,8 +46,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for name, given in refused.items():
         if getattr(args, name) not in (None, False) and given:
             parser.error(f"{given[0]} goes with --type: --{name} has its own shape")
-    if args.length is not None and args.length < 1:
-        parser.error(f"--length {args.length}: must be at least 1")
+    for key, most in (("heads", 512), ("band_length", 2**20), ("length", 2**20)):  # a picture of more shows nothing
+        value = getattr(args, key)
+        if value is not None and not 1 <= value <= most:
+            parser.error(f"--{key.replace('_', '-')} {value}: must lie between 1 and {most}")
     return args
 
 
@@ -64,6 +68,8 @@ def picture(args: argparse.Namespace) -> Figure:
         layers, length = patterns_of_run(args)
         return masks.draw_layers(layers, args.length or length)
     options = parse([word.removeprefix("attention.") for word in args.words])
+    for key in {"name", "type", "n_heads", "band_length"} & options.keys():
+        raise ValueError(f"{key}={options[key]}: is given by --type, --heads and --band-length")
     heads = 8 if args.heads is None else args.heads
     band_length = 1024 if args.band_length is None else args.band_length
     return masks.draw(build_mask(args.type, n_heads=heads, band_length=band_length, **options), args.length)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 
+from spattn_olmoe import trust
 from spattn_olmoe.errors import Parser, quiet, user_errors
 
 
@@ -35,6 +36,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "options", nargs="*", metavar="key=value", help="offline, follows_input, max_length, tokenizer, device"
     )
+    trust.add_argument(parser)
     return parser.parse_intermixed_args(words)
 
 

@@ -5,7 +5,9 @@ python scripts/generate.py --checkpoint runs/quickstart-spattention --prompt "Re
 
 from __future__ import annotations
 
+from spattn_olmoe import trust
 from spattn_olmoe.errors import Parser, quiet, user_errors
+from spattn_olmoe.text import visible
 
 
 def main() -> None:
@@ -16,22 +18,21 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-cache", action="store_true", help="attend anew to everything at each token")
+    trust.add_argument(parser)
     args = parser.parse_args()
     with user_errors():
         quiet()
-        from spattn_olmoe.model.checkpoint import generate
-        from spattn_olmoe.model.checkpoint_files import resolve_checkpoint
+        from spattn_olmoe.model.checkpoint import Checkpoint, generate
 
-        print(
-            generate(
-                resolve_checkpoint(args.checkpoint),
-                args.prompt,
-                max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature,
-                seed=args.seed,
-                use_cache=not args.no_cache,
-            )
+        text = generate(
+            Checkpoint.open(args.checkpoint),
+            args.prompt,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            seed=args.seed,
+            use_cache=not args.no_cache,
         )
+        print(visible(text))
 
 
 if __name__ == "__main__":

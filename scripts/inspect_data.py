@@ -8,8 +8,10 @@ from rich.console import Console
 
 from spattn_olmoe.data import verify
 from spattn_olmoe.data.inspection import decode, document, histogram
+from spattn_olmoe.data.manifest import check_summary
 from spattn_olmoe.data.summary import summary_table, warnings
 from spattn_olmoe.errors import Parser, user_errors
+from spattn_olmoe.text import visible
 
 
 def main() -> None:
@@ -22,7 +24,10 @@ def main() -> None:
     args = parser.parse_args()
     console = Console()
     with user_errors():
+        if args.characters < 0:
+            raise ValueError(f"--characters {args.characters}: must be at least 0")
         manifest = verify(args.folder, hashes=args.hashes)
+        check_summary(manifest)
         texts = [(n, ids := document(manifest, args.split, n), decode(manifest, ids)) for n in args.documents]
     console.print(summary_table(manifest))
     console.print(f"tokenizer: {json.dumps(vars(manifest.tokenizer))}", soft_wrap=True, markup=False)
@@ -34,7 +39,7 @@ def main() -> None:
     for number, ids, text in texts:
         rest = f" ... {len(text) - args.characters:,} more characters" if len(text) > args.characters else ""
         console.rule(f"{args.split} {number}: {len(ids):,} tokens")
-        console.print(text[: args.characters] + rest, markup=False, highlight=False)
+        console.print(visible(text[: args.characters]) + rest, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from spattn_olmoe import trust
 from spattn_olmoe.errors import Parser, quiet, user_errors
 
 
@@ -16,6 +17,7 @@ def main() -> None:
     parser.add_argument("--gpus", required=True, type=int, metavar="N", help="GPUs in all")
     parser.add_argument("--gpu", required=True, help="h100, h200, a100 or b200")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train.py")
+    trust.add_argument(parser)
     args = parser.parse_intermixed_args()
     with user_errors():
         quiet()
@@ -25,6 +27,8 @@ def main() -> None:
         from spattn_olmoe.train.config import load_experiment
         from spattn_olmoe.train.run import check
 
+        if not 1 <= args.gpus <= 2**17:
+            raise ValueError(f"--gpus {args.gpus}: must lie between 1 and {2**17}")
         config = load_experiment(args.config, args.overrides)
         check(config)
         print_plan(plan(config, args.gpus, args.gpu), args.config, args.overrides, Console())

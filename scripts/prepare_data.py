@@ -12,6 +12,7 @@ import signal
 
 from rich.console import Console
 
+from spattn_olmoe import trust
 from spattn_olmoe.data import load_config, prepare
 from spattn_olmoe.data.parts import merge
 from spattn_olmoe.data.summary import progress_bar, summary_table, warnings
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="e.g. output=/data/dclm sources[0].field=content"
     )
+    trust.add_argument(parser)
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for library in ("HF_HUB", "DATASETS"):  # each retry would be two lines; the last failure is ours to tell

@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
+from spattn_olmoe import trust
 from spattn_olmoe.errors import Parser, quiet, user_errors
 
 STUDIES = ("recall", "recall_two_hop", "copying", "selective_copying")
@@ -37,6 +38,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--variants", help="with commas between: these instead of the table's")
     parser.add_argument("--dry-run", action="store_true", help="print commands, tokens, FLOPs and hours; start nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs, as for scripts/train.py")
+    trust.add_argument(parser)
     return parser.parse_intermixed_args(words)
 
 

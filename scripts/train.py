@@ -12,6 +12,7 @@ import sys
 
 from rich.console import Console
 
+from spattn_olmoe import trust
 from spattn_olmoe.errors import Parser, quiet, user_errors
 from spattn_olmoe.exit_code import kept_exit_code
 
@@ -35,6 +36,7 @@ def main() -> None:
     )
     parser.add_argument("--verbose", action="store_true", help="show all messages, not only write them to train.log")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example attention.type=eball")
+    trust.add_argument(parser)
     args = parser.parse_intermixed_args()
     with user_errors():
         import torch

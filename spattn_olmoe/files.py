@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from pathlib import Path
+import stat
+from pathlib import Path, PurePath
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -54,3 +55,34 @@ def matching(pattern: str) -> list[Path]:
         return sorted(map(Path, glob.glob(pattern, recursive=True)))
     except ValueError:  # a null byte, or brackets that make no set
         return []
+
+
+def regular_file(path: str | os.PathLike[str]) -> os.stat_result:
+    """The status of a file.
+
+    :raises FileNotFoundError: there is none.
+    :raises ValueError: it is a pipe, a device or a folder: reading it would wait or never end.
+    """
+    try:
+        status = os.stat(path)
+    except ValueError:  # a null byte in the name
+        raise FileNotFoundError(f"{str(path)!r}: no such file") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path}: is no regular file")
+    return status
+
+
+def inside(folder: str | os.PathLike[str], name: str) -> Path:
+    """The file that a name in a file of ``folder`` stands for.
+
+    :raises ValueError: it leads out of the folder (an absolute path, ``..``, a link), or is no regular file.
+    """
+    where = PurePath(name)
+    if not name or "\0" in name or where.is_absolute() or ".." in where.parts:
+        raise ValueError(f"{folder}: names {name!r}, which is not inside this folder")
+    path = Path(folder) / where
+    if not path.resolve().is_relative_to(Path(folder).resolve()):
+        raise ValueError(f"{folder}: {name!r} is a link that leads out of this folder")
+    if path.exists():
+        regular_file(path)
+    return path

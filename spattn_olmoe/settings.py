@@ -16,10 +16,16 @@ from typing import Any, TypeVar, cast
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers.oc import env
 
 from .errors import nearest
+from .trust import ENVIRONMENT, is_trusted
 
 T = TypeVar("T")
+
+_MOST_BYTES = 2**22
+_MOST_NODES = 10**5
+_MOST_DEPTH = 100
 
 _KEY = re.compile(r"[^\s.\[\]]+(\.[^\s.\[\]]+|\[\d+\])*")
 
@@ -63,6 +69,7 @@ def first_line(error: Exception) -> str:
 
 def _resolved(config: DictConfig, where: str) -> Any:
     """Plain values, with what ``${...}`` refers to in its place: here and nowhere else interpolations are looked at."""
+    _resolvers()
     with _one_line(where):
         return OmegaConf.to_container(config, resolve=True)
 
@@ -111,8 +118,12 @@ def _layers(path: Path, extending: tuple[Path, ...]) -> list[tuple[Path, DictCon
 
 def _load(path: Path) -> DictConfig:
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"is larger than {_MOST_BYTES} bytes")
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is not None and _expanded(root, {}, 0) > _MOST_NODES:
+            raise ValueError(f"its aliases (*name) make more than {_MOST_NODES} values of it")
         # by the root's kind, since OmegaConf takes plain text for a key
         config = OmegaConf.create(text) if isinstance(root, yaml.MappingNode) else OmegaConf.create()
     except RecursionError:
@@ -122,6 +133,32 @@ def _load(path: Path) -> DictConfig:
     if not isinstance(root, (yaml.MappingNode, type(None))):
         raise ValueError(f"{path} must hold a mapping of keys to values")
     return cast(DictConfig, config)
+
+
+def _expanded(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """How many values a YAML node stands for once every alias is replaced by what it names.
+
+    :param known: the counts of nodes met before: aliases share a node, so that counting takes no longer than the file.
+    """
+    if id(node) not in known:
+        if depth > _MOST_DEPTH:
+            raise RecursionError
+        parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+        inner = parts if isinstance(node, yaml.CollectionNode) else []
+        known[id(node)] = _MOST_NODES + 1  # one that holds itself has no end
+        known[id(node)] = 1 + sum(_expanded(part, known, depth + 1) for part in inner)
+    return known[id(node)]
+
+
+def _environment(*_words: Any) -> Any:
+    """Stands for ``${oc.env:...}`` where files may not read the environment."""
+    raise ValueError("${oc.env:...} reads an environment variable: say --trust env if the file is yours")
+
+
+def _resolvers() -> None:
+    """Let files read the environment if that was asked for, and not otherwise."""
+    allowed = is_trusted(ENVIRONMENT)
+    OmegaConf.register_new_resolver("oc.env", env if allowed else _environment, replace=True, use_cache=False)
 
 
 @contextlib.contextmanager

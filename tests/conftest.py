@@ -16,10 +16,14 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of real token shards with a manifest: 512 ids, from the pages of Python's own manual."""
+    return prepare_tiny_data(tmp_path_factory.mktemp("tiny_data"))
+
+
+def prepare_tiny_data(folder: Path) -> Path:
+    """Prepare the corpus of :func:`tiny_data` in a folder; returns that of the shards."""
     from spattn_olmoe.data import DataConfig, SourceConfig, TokenizerSection, prepare
 
     pydoc = pytest.importorskip("pydoc_data.topics")
-    folder = tmp_path_factory.mktemp("tiny_data")
     corpus = folder / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in pydoc.topics.values()))
     prepare(
@@ -36,7 +40,11 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_yaml(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quickstart's config, smaller: a step takes a tenth of a second."""
-    path = tmp_path_factory.mktemp("tiny_config") / "tiny.yaml"
+    return write_tiny_yaml(tmp_path_factory.mktemp("tiny_config") / "tiny.yaml", tiny_data)
+
+
+def write_tiny_yaml(path: Path, tiny_data: Path) -> Path:
+    """Write the config of :func:`tiny_yaml`."""
     path.write_text(f"""
 extends: {ROOT}/configs/quickstart.yaml
 name: tiny
@@ -83,3 +91,12 @@ def run_training(config: Path, *arguments: str, cwd: Path) -> subprocess.Complet
         text=True,
         timeout=300,
     )
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint after 12 steps: 4 heads, band length 32, 512 ids."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = run_training(tiny_yaml, f"trainer.save_folder={folder}/run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run" / "step12"

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from rich.table import Table
-from tokenizers import Tokenizer
 
 from .manifest import Manifest
+from .tokenizer import parse_tokenizer
 
 _WINDOW = 1 << 22
 
@@ -19,6 +19,8 @@ def document(manifest: Manifest, split: str, number: int) -> np.ndarray:
     :param number: counted from 0 over the split's shards, in order.
     :raises ValueError: the split has no such document.
     """
+    if number < 0:
+        raise ValueError(f"document {number}: documents are counted from 0")
     begin = 0
     pieces: list[np.ndarray] = []
     for shard in manifest.shards:
@@ -40,7 +42,7 @@ def document(manifest: Manifest, split: str, number: int) -> np.ndarray:
 
 def decode(manifest: Manifest, ids: np.ndarray) -> str:
     """A document's text, as far as the tokenizer keeps it (its normaliser may have changed some characters)."""
-    tokenizer = Tokenizer.from_file(str(manifest.tokenizer_path))
+    tokenizer = parse_tokenizer(manifest.tokenizer_path.read_bytes(), str(manifest.tokenizer_path))
     return tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..files import hash_file, replace_file
+from ..files import hash_file, inside, replace_file
+from ..json_files import check_shape, read_json
 from .writer import Shard
 
 log = logging.getLogger(__name__)
@@ -21,6 +22,32 @@ NAME = "manifest.json"
 FORMAT = "spattn_olmoe shards 1"
 _SAMPLE = 4096
 _PREPARE = "prepare the corpus with scripts/prepare_data.py"
+_SHAPE = {
+    "tokenizer": {
+        "identifier": str,
+        "origin": str,
+        "path": str,
+        "sha256": str,
+        "vocab_size": int,
+        "eos_token_id": int,
+        "pad_token_id": int,
+    },
+    "dtype": str,
+    "shards": [{"path": str, "split": str, "tokens": int, "documents": int, "sha256": str}],
+}
+_SUMMARY_SHAPE = {
+    "sources": [{"weight": float, "tokens": int, "documents": int, "broken_files": int}],
+    "options": {"sequence_length": int, "max_tokens": (int, None)},
+    "statistics": {
+        "documents": int,
+        "tokens": int,
+        "text_bytes": int,
+        "rejects": int,
+        "longer_than_sequence_length": int,
+        "lengths": [int],
+    },
+    "versions": {str: str},
+}
 
 
 @dataclass(frozen=True)
@@ -98,7 +125,7 @@ class Manifest:
         folder = Path(directory)
         path = folder / NAME
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
         except FileNotFoundError as error:
             unfinished = " (its preparation has not finished)" if (folder / "progress.json").exists() else ""
             raise ValueError(
@@ -107,10 +134,18 @@ class Manifest:
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}") from error
         except ValueError as error:
-            raise ValueError(f"{path}: is no valid JSON ({error}); {_PREPARE} again") from error
+            raise ValueError(f"{error}; {_PREPARE} again") from None
         found = content.pop("format", None) if isinstance(content, dict) else None
         if found != FORMAT:
             raise ValueError(f"{path}: expected format {FORMAT!r}, found {found!r}; {_PREPARE} again")
+        try:
+            check_shape(content, _SHAPE, str(path))
+        except ValueError as error:
+            raise ValueError(f"{error}; {_PREPARE} again") from None
+        if content["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"{path}: dtype {content['dtype']!r} is neither uint16 nor uint32; {_PREPARE} again")
+        for name in (content["tokenizer"]["path"], *(shard["path"] for shard in content["shards"])):
+            inside(folder, name)
         try:
             content["tokenizer"] = TokenizerRecord(**content["tokenizer"])
             content["shards"] = [Shard(**shard) for shard in content["shards"]]
@@ -162,6 +197,12 @@ def verify(
     if sequence_length is not None:
         _check_length(manifest, sequence_length)
     return manifest
+
+
+def check_summary(manifest: Manifest) -> None:
+    """Raise unless a manifest holds the counts that a summary of the corpus shows, as every finished preparation's does."""
+    content = {key: getattr(manifest, key) for key in _SUMMARY_SHAPE}
+    check_shape(content, _SUMMARY_SHAPE, str(manifest.directory / NAME))
 
 
 def verify_shard(manifest: Manifest, shard: Shard) -> None:

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from ..text import inline
 from .manifest import Manifest
 from .progress import Progress
 
@@ -46,7 +48,7 @@ def progress_bar(console: Console) -> Iterator[Callable[[Progress, float | None]
 def summary_table(manifest: Manifest) -> Table:
     """Tokens, documents, lengths and rejects of a finished corpus."""
     s = manifest.statistics
-    table = Table(title=str(manifest.directory), show_header=False)
+    table = Table(title=escape(inline(str(manifest.directory))), show_header=False)
     length = manifest.options["sequence_length"]
     rows: list[tuple[str, str]] = []
     for split in ("train", "validation"):
@@ -92,7 +94,7 @@ def warnings(manifest: Manifest) -> Iterator[str]:
 def _source(manifest: Manifest, source: dict[str, Any]) -> str:
     where = source.get("hub") or ", ".join(source["paths"])
     share = source["tokens"] / max(1, manifest.statistics["tokens"])
-    return f"{where}: {source['documents']:,} documents, {share:.1%} of tokens"
+    return f"{escape(inline(where))}: {source['documents']:,} documents, {share:.1%} of tokens"
 
 
 def _counts(progress: Progress, rate: float) -> str:

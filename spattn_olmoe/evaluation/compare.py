@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..json_files import check_shape
 from . import statistics
 from .suites import SUITES, Column
 
@@ -61,6 +62,54 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
         found.append(_average_difference(a, b))
     adjusted = statistics.holm([d["p"] for d in found])
     return [Difference(**d, p_adjusted=p) for d, p in zip(found, adjusted, strict=True)]
+
+
+_SHAPE = {
+    "suite": str,
+    "offline": bool,
+    "checkpoint": str,
+    "follows_input": bool,
+    "limit": (int, None),
+    "attention": [{"name": str}],
+    "columns": [{"task": str, "label": str, "num_fewshot": (int, None), "metric": (str, None)}],
+    "measurements": {
+        str: {
+            "task": str,
+            "num_fewshot": (int, None),
+            "metrics": {str: {"value": float, "stderr": (float, None), "n": int, "chance": (float, None)}},
+            "questions": {str: {"doc_hash": [str]}},
+        }
+    },
+}
+
+
+def check_results(results: Any, where: str) -> None:
+    """Raise unless a results file holds what its own columns speak of, in numbers.
+
+    :raises ValueError: naming the first thing that is missing, or no finite number.
+    """
+    check_shape(results, _SHAPE, where)
+    if not results["attention"] or not results["columns"]:
+        raise ValueError(f"{where}: names no attention or no column")
+    try:
+        columns = columns_of(results)
+    except TypeError as error:
+        raise ValueError(f"{where}: columns: {error}") from None
+    if results["suite"] in SUITES and columns != SUITES[results["suite"]].columns:
+        raise ValueError(f"{where}: has other columns than suite {results['suite']}")
+    for column in columns:
+        measurement = results["measurements"].get(column.key)
+        if measurement is None:
+            raise ValueError(f"{where}: has a column {column.key!r} and no measurement of it")
+        if column.metric is not None and column.metric not in measurement["metrics"]:
+            raise ValueError(f"{where}: measurements.{column.key} has no metric {column.metric!r}")
+        for leaf, questions in measurement["questions"].items():
+            place, n = f"measurements.{column.key}.questions.{leaf}", len(questions["doc_hash"])
+            for metric, values in questions.items():
+                if metric != "doc_hash":
+                    check_shape(values, [(float, bool)], where, f"{place}.{metric}")
+                if not n or len(values) != n:
+                    raise ValueError(f"{where}: {place}.{metric} has {len(values)} values for {n} questions")
 
 
 def columns_of(results: dict[str, Any]) -> tuple[Column, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from ..model.checkpoint import Checkpoint
 from ..tables import FIRST_CONTEXT, context_label, interval, p_value, plus_minus, table
 from . import statistics
 from .compare import NO_DIFFERENCE
+
+_LARGEST = math.log(sys.float_info.max)
+"""Losses above it have a perplexity that no float holds."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def summarise(losses: np.ndarray) -> list[dict[str, Any]]:
                 "context": [lo, hi],
                 "loss": value,
                 "stderr": statistics.mean_stderr(means),
-                "perplexity": math.exp(value),
+                "perplexity": math.exp(value) if value < _LARGEST else math.inf,
                 "sequences": means.tolist(),
             }
         )

@@ -87,6 +87,15 @@ class SPAttnLM(TemplateLM):
         """Token ids of a text; like the training data, without special tokens."""
         return self._tokenizer.encode(string, add_special_tokens=False).ids
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of a context and of its continuation.
+
+        Where the tokenizer merges all of the continuation into the context's last token, nothing of it is left to score:
+        it is encoded alone then. A context of no tokens is the end of a text, as an empty one is.
+        """
+        context_ids, ids = super()._encode_pair(context, continuation)
+        return context_ids or [self.eot_token_id], ids or self.tok_encode(continuation)
+
     # ---- scores ----------------------------------------------------------------------------------------------
 
     def _loglikelihood_tokens(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -17,8 +16,11 @@ from olmo_core.distributed.utils import get_rank, get_world_size
 
 from ..errors import nearest
 from ..files import replace_file
+from ..json_files import read_json, to_json
 from ..machine import describe
+from ..text import inlined
 from . import offline
+from .compare import check_results
 from .model import SPAttnLM
 from .suites import Column, Suite
 
@@ -211,7 +213,7 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 def write(results: dict[str, Any], path: Path) -> None:
     """Write results as JSON, all or nothing."""
-    replace_file(path, (json.dumps(results, indent=1) + "\n").encode())
+    replace_file(path, (to_json(results, indent=1) + "\n").encode())
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -220,12 +222,11 @@ def read(path: str | Path) -> dict[str, Any]:
     :raises ValueError: the file is not there, or none of ours.
     """
     try:
-        results = json.loads(Path(path).read_text())
+        results = read_json(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such results file") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
     found = results.get("format") if isinstance(results, dict) else None
     if found != FORMAT:
         raise ValueError(f"{path}: expected format {FORMAT!r}, found {found!r}: give a file of scripts/evaluate.py")
-    return results
+    check_results(results, str(path))
+    return inlined(results)

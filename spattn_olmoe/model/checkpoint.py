@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-import json
-import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from olmo_core.distributed.utils import get_world_size
+from olmo_core.distributed.utils import get_local_tensor, get_world_size
 from olmo_core.generate.generation_module import GenerationConfig, TransformerGenerationModule
 from olmo_core.nn.transformer import TransformerConfig
 from tokenizers import Tokenizer
-from torch.distributed.checkpoint.api import CheckpointException
 
 from ..data.config import TokenizerSection
 from ..data.tokenizer import find_tokenizer, parse_tokenizer, vocab_size
+from ..json_files import read_json
 from ..patterns import Pattern, build_pattern
+from ..settings import first_line
+from ..trust import check_classes
 from .checkpoint_files import resolve_checkpoint
 from .fingerprint import FILE_NAME, Fingerprint
 from .remedies import apply_remedies
 from .section import layer_patterns, with_follows_input
+from .unpickling import reading
 
 TOKENIZER_FILE = "tokenizer.json"
+
+MOST_TOKENS = 4
+"""A prompt with its continuation may be so many times as long as a sequence of training: attention without a cache, and
+with one the prompt's, takes memory as its square."""
+
+_CONFIG = {
+    "model": dict,
+    "dataset": {
+        "sequence_length": int,
+        "tokenizer": {"vocab_size": int, "eos_token_id": int, "pad_token_id": int, "identifier": (str, None)},
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -52,10 +65,7 @@ class Checkpoint:
             raise ValueError(f"follows_input={follows_input!r}: must be true or false")
         path = resolve_checkpoint(folder)
         config = read_checkpoint_config(path)
-        try:
-            model = TransformerConfig.from_dict(config["model"])
-        except KeyError as error:
-            raise ValueError(f"{path}/config.json has no {error}: it describes no model") from None
+        model = _model(config["model"], f"{path}/config.json")
         _check_fingerprint(path, model)
         opened = cls(path, config, model, _layers(model))
         return opened if follows_input is None else opened.with_follows_input(follows_input)
@@ -105,27 +115,45 @@ class Checkpoint:
         """The model with its weights.
 
         :param device: by default the GPU, where there is one, and on several ranks each one's own.
-        :raises ValueError: files of the checkpoint are missing or cut off, or there is no such device.
+        :raises ValueError: files of the checkpoint are missing or cut off, ask for code or hold NaN, or there is no such
+            device.
         """
-        try:
-            return load_generator(self.path, _device(device) if device else None, model=self.model)
-        except (CheckpointException, EOFError, pickle.UnpicklingError, OSError) as error:
-            cause: BaseException = error
-            if isinstance(error, CheckpointException):  # its own message is a list of ranks
-                cause, _ = next(iter(error.failures.values()))
-            raise ValueError(
-                f"checkpoint {self.path} cannot be read, a file is missing, cut off or damaged "
-                f"({type(cause).__name__}: {cause}): restore it, or name an older stepN"
-            ) from error
+        apply_remedies()
+        tokenizer = self.config["dataset"]["tokenizer"]
+        where = _device(device) if device else None
+        with reading(self.path):
+            module = TransformerGenerationModule.from_checkpoint(
+                self.path,
+                transformer_config=self.model,
+                generation_config=GenerationConfig(
+                    pad_token_id=tokenizer["pad_token_id"], eos_token_id=tokenizer["eos_token_id"]
+                ),
+                device=where,
+            )
+        for name, weight in module.model.named_parameters():
+            if not bool(get_local_tensor(weight.detach()).isfinite().all()):
+                raise ValueError(
+                    f"checkpoint {self.path} holds weights that are not finite ({name}): name an older stepN"
+                )
+        return module
 
 
 def read_checkpoint_config(checkpoint: str | Path) -> dict[str, Any]:
     """The experiment config that a checkpoint carries."""
     path = Path(checkpoint) / "config.json"
     try:
-        return json.loads(path.read_text())
+        config = read_json(path, _CONFIG)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: the checkpoint does not say what model it is") from None
+    length, tokenizer = config["dataset"]["sequence_length"], config["dataset"]["tokenizer"]
+    if not 0 < length < 2**31:
+        raise ValueError(f"{path}: dataset.sequence_length is {length}, no length of a sequence")
+    for key in ("eos_token_id", "pad_token_id"):
+        if not 0 <= tokenizer[key] < tokenizer["vocab_size"]:
+            raise ValueError(
+                f"{path}: dataset.tokenizer.{key} is {tokenizer[key]}, not below vocab_size {tokenizer['vocab_size']}"
+            )
+    return config
 
 
 def trained_patterns(folder: str | Path) -> tuple[list[Pattern], int]:
@@ -138,7 +166,10 @@ def trained_patterns(folder: str | Path) -> tuple[list[Pattern], int]:
     if stated is None:
         raise ValueError(f"checkpoint {path} does not say what attention it was trained with ({FILE_NAME} is missing)")
     length = read_checkpoint_config(path)["dataset"]["sequence_length"]
-    return [build_pattern(**layer) for layer in stated.layers], length
+    try:
+        return [build_pattern(**layer) for layer in stated.layers], length
+    except TypeError as error:  # an option of another kind than any of a type's
+        raise ValueError(f"{path}/{FILE_NAME} is damaged ({error}): restore it") from None
 
 
 def load_tokenizer(checkpoint: str | Path) -> Tokenizer:
@@ -149,37 +180,42 @@ def load_tokenizer(checkpoint: str | Path) -> Tokenizer:
     return parse_tokenizer(data, name)
 
 
-def load_generator(
-    checkpoint: str, device: torch.device | None = None, *, model: TransformerConfig | None = None
-) -> TransformerGenerationModule:
-    """A generation module with a checkpoint's weights; token ids come from its ``config.json``.
-
-    :param model: the model to load them into; by default the one that ``config.json`` describes.
-    """
-    apply_remedies()
-    tokenizer = read_checkpoint_config(checkpoint)["dataset"]["tokenizer"]
-    return TransformerGenerationModule.from_checkpoint(
-        checkpoint,
-        transformer_config=model,
-        generation_config=GenerationConfig(
-            pad_token_id=tokenizer["pad_token_id"], eos_token_id=tokenizer["eos_token_id"]
-        ),
-        device=device,
-    )
-
-
 def generate(
-    checkpoint: str, prompt: str, *, max_new_tokens: int, temperature: float, seed: int, use_cache: bool = True
+    checkpoint: Checkpoint,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    use_cache: bool = True,
+    device: str | None = None,
 ) -> str:
     """Continue a prompt.
 
     :param temperature: 0 takes the likeliest token each time; otherwise tokens are drawn, from ``seed``.
+    :raises ValueError: an empty or endless prompt, or a number that cannot be meant.
     """
-    tokenizer = load_tokenizer(checkpoint)
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("--prompt is no UTF-8 text") from None
+    if not 0 <= temperature <= 1000:
+        raise ValueError(f"--temperature {temperature}: must lie between 0 and 1000")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed {seed}: must lie between 0 and 2**63 - 1")
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
+    tokenizer = checkpoint.tokenizer()
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     if not ids:
         raise ValueError("--prompt is empty: give at least one character")
-    module = load_generator(checkpoint)
+    most = MOST_TOKENS * checkpoint.sequence_length
+    if len(ids) + max_new_tokens > most:
+        raise ValueError(
+            f"--prompt of {len(ids)} tokens with --max-new-tokens {max_new_tokens} is more than {most}, {MOST_TOKENS} times "
+            f"the length that {checkpoint.path} was trained with: shorten one of them"
+        )
+    module = checkpoint.load(device)
     torch.manual_seed(seed)
     with torch.no_grad():
         tokens, _, _ = module.generate_batch(
@@ -191,6 +227,18 @@ def generate(
             log_timing=False,
         )
     return tokenizer.decode(tokens[0].tolist())
+
+
+def _model(config: dict[str, Any], where: str) -> TransformerConfig:
+    """The model of a ``config.json``; nothing is imported for it that is not trusted.
+
+    :raises ValueError: it names other classes, or does not describe a model.
+    """
+    try:
+        check_classes(config, "model")
+        return TransformerConfig.from_dict(config)
+    except Exception as error:  # the decoder raises types of its own for values that fit no field
+        raise ValueError(f"{where}: {first_line(error)}") from error
 
 
 def _layers(model: TransformerConfig) -> tuple[dict[str, Any], ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -21,12 +22,14 @@ from olmo_core.io import is_url, normalize_path
 from olmo_core.train import Checkpointer
 from olmo_core.train.callbacks import Callback
 
-from ..files import hash_file, replace_file
+from ..files import hash_file, inside, replace_file
+from ..json_files import read_json
 from ..ranks import first_problem
 
 log = logging.getLogger(__name__)
 
 FOLDER = "checksums"
+_CHECKSUMS = {"ranks": int, "files": {str: {"size": int, "sha256": str}}}
 _STEP = re.compile(r"step(\d+)")
 _OWNER = re.compile(r"train/rank(\d+)\.pt|model_and_optim/__(\d+)_\d+\.distcp")
 
@@ -73,18 +76,21 @@ def _owner(path: Path, root: Path) -> int:
 # ---- looking for one -------------------------------------------------------------------------------------------------
 
 
-def find_checkpoint(folder: PathOrStr, *, verify: bool = True) -> str | None:
+def find_checkpoint(folder: PathOrStr, *, verify: bool = True, passing_over: Collection[str] = ()) -> str | None:
     """A checkpoint folder itself, or the newest complete and intact checkpoint of a run's folder.
 
     All ranks call it together and get the same answer. What is newer and damaged or was never finished is named in
     a warning. None where no checkpoint was ever completed.
 
     :param verify: read all of it, to compare it with its checksums; without, a complete one is taken to be intact.
+    :param passing_over: checkpoints that were found to be of no use by other means.
     :raises ValueError: there are complete checkpoints, and all of them are damaged.
     """
     complete, unfinished = broadcast_object(_candidates(folder) if get_rank() == 0 else ([], []))
     damaged: list[str] = []
     for checkpoint in complete:
+        if checkpoint in passing_over:
+            continue
         problem = find_damage(checkpoint) if verify else None
         if problem is None:
             passed_over = damaged + [f"{path} was never finished" for path in unfinished if _newer(path, checkpoint)]
@@ -186,12 +192,14 @@ class _Record:
         there, ranks = set(), 0
         for path in sorted((checkpoint / FOLDER).glob("rank*.json")):
             try:
-                content = json.loads(path.read_bytes())
-                record.files.update({name: (f["size"], f["sha256"]) for name, f in content["files"].items()})
+                content = read_json(path, _CHECKSUMS)
+                for name, file in content["files"].items():
+                    inside(checkpoint, name)
+                    record.files[name] = (file["size"], file["sha256"])
                 there.add(int(path.stem.removeprefix("rank")))
                 ranks = int(content["ranks"])
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                return cls(problem=f"{path} is damaged ({type(error).__name__}: {error})")
+            except ValueError as error:
+                return cls(problem=f"{path} is damaged ({error})")
         record.missing = sorted(set(range(ranks)) - there)
         return record
 

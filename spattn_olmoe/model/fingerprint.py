@@ -13,10 +13,12 @@ from typing import Any
 from cached_path import cached_path
 from olmo_core.nn.transformer import TransformerConfig
 
+from ..json_files import read_json
 from ..patterns import build_pattern
 from .section import layer_patterns
 
 FILE_NAME = "attention.json"
+_LAYER = {"name": str, "n_heads": int, "band_length": int}
 _SHAPE = ("d_model", "n_layers", "vocab_size")
 
 
@@ -45,15 +47,15 @@ class Fingerprint:
         for folder in (checkpoint, str(checkpoint).rstrip("/").rpartition("/")[0]):
             path = f"{str(folder).rstrip('/')}/{FILE_NAME}"
             try:
-                data = json.loads(cached_path(path).read_text())
-                found = cls(
-                    layers=tuple(_completed(layer) for layer in data["layers"]),
-                    shape={key: int(data["shape"][key]) for key in _SHAPE},
-                )
+                data = read_json(cached_path(path), {"layers": [_LAYER], "shape": dict.fromkeys(_SHAPE, int)})
             except FileNotFoundError:
                 continue
-            except (ValueError, KeyError, TypeError) as error:  # no text and no JSON are ValueErrors both
+            except ValueError as error:
                 raise ValueError(f"{path} is damaged ({error}): restore it") from None
+            found = cls(
+                layers=tuple(_completed(layer) for layer in data["layers"]),
+                shape={key: data["shape"][key] for key in _SHAPE},
+            )
             if len(found.layers) != found.shape["n_layers"]:
                 raise ValueError(f"{path} is damaged ({len(found.layers)} layers): restore it")
             return found

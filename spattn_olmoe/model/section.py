@@ -104,7 +104,7 @@ def mixer_config(
     mixer = PatternAttentionConfig(
         **{f.name: copy.deepcopy(getattr(dense, f.name)) for f in fields(AttentionConfig)},
         pattern={"name": name, "band_length": band_length if stated is None else stated, **options},
-        impl=section.get("impl") or "auto",
+        impl="auto" if section.get("impl") is None else section["impl"],
     )
     mixer.validate()
     return replace(mixer, pattern=stored(mixer.build_pattern()))

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from ..model.mixer import PatternAttention
 from ..patterns import Pattern
+from ..text import figure_text
+from .figures import save_figure
 
 CHUNK_CELLS = 2**22
 """Attention weights held at a time, over batch, heads, queries and keys."""
@@ -205,7 +207,8 @@ def plot_heads(summaries: dict[str, dict[str, Any]], out: str | Path) -> None:
             values = np.array([layer[key] for layer in found["layers"]], dtype=float)
             image = axes.imshow(values, aspect="auto", cmap="viridis")
             axes.set(ylabel="layer", xlabel="head", xticks=range(values.shape[1]), yticks=range(len(values)))
-            axes.set_title(f"{name}: mean {'entropy' if key == 'entropy' else 'attended distance'}", fontsize=9)
+            axes.set_title(
+                f"{figure_text(name)}: mean {'entropy' if key == 'entropy' else 'attended distance'}", fontsize=9
+            )
             figure.colorbar(image, ax=axes, label=unit)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
+    save_figure(figure, out, dpi=110)

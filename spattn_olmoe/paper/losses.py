@@ -7,7 +7,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ..text import figure_text
 from ..train.metrics import METRICS_FILE, read_metrics
+from .figures import check_out, save_figure
 
 LOSS = "train/CE loss"
 
@@ -29,12 +31,15 @@ def loss_curve(run: str | Path) -> tuple[list[int], list[float]]:
 
 def plot_losses(runs: Sequence[str | Path], out: str | Path) -> None:
     """Draw the loss curves of runs into one picture; the format follows the file's ending."""
+    check_out(out)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for run in runs:
-        axes.plot(*loss_curve(run), label=Path(run).name, linewidth=1.2)
+        steps, losses = loss_curve(run)
+        # a line of one point would not be seen; a name with a dollar or an underscore is no formula
+        marker = "o" if len(steps) == 1 else None
+        axes.plot(steps, losses, label=figure_text(Path(run).name), linewidth=1.2, marker=marker)
     axes.set(xlabel="step", ylabel="training loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
+    save_figure(figure, out, dpi=150)

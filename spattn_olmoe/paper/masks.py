@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from ..patterns import VARIANTS, Pattern, causal_pairs, variant_of
 from ..patterns.base import MaskMod
+from .figures import save_figure
 
 PIXELS = 288
 """Side of a drawn mask. Masks of fewer tokens are drawn at a pixel a token."""
@@ -201,10 +202,7 @@ def overview(n_heads: int = 8, band_length: int = 1024, heads: Sequence[int] = (
 
 def save(figure: Figure, path: str | Path) -> Path:
     """Write a picture; its folder is made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI)
-    return path
+    return save_figure(figure, path, dpi=_DPI)
 
 
 def _grid(

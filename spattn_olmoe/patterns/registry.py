@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ..errors import nearest
+from ..trust import check_import
 from .base import Pattern
 from .head_order import BALANCED, NATURAL, balanced_order
 
@@ -39,13 +40,14 @@ def pattern_class(name: str) -> type[Pattern]:
     """The class of an attention type.
 
     ``name`` is a registered name, or ``module.name`` for a type that lives outside this package: ``module`` is
-    imported, which registers it.
+    imported, which registers it, if it is trusted (:mod:`spattn_olmoe.trust`).
 
-    :raises ValueError: no such type; the message names the nearest one.
+    :raises ValueError: no such type (the message names the nearest one), or a module that is not trusted.
     """
     key = name
     if name not in _REGISTRY and "." in name:
         module_name, _, key = name.rpartition(".")
+        check_import(module_name, f"attention.type={name!r}")
         try:
             module = importlib.import_module(module_name)
         except (ImportError, TypeError, ValueError) as error:  # the last two: no module can have that name

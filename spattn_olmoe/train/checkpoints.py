@@ -7,14 +7,20 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from olmo_core.aliases import PathOrStr
-from olmo_core.distributed.utils import get_rank
+from olmo_core.distributed.utils import broadcast_object, get_rank
 from olmo_core.exceptions import OLMoCheckpointError
 from olmo_core.io import is_url
+from olmo_core.train import Checkpointer
 from olmo_core.train.callbacks import Callback, CheckpointerCallback
+from olmo_core.train.callbacks.checkpointer import CheckpointRemovalStrategy
 from torch.distributed.checkpoint.api import CheckpointException
+
+from ..json_files import read_json
+from .finite import find_non_finite
 
 
 class SaveError(OLMoCheckpointError):
@@ -23,13 +29,51 @@ class SaveError(OLMoCheckpointError):
 
 @dataclass
 class SafeCheckpointer(CheckpointerCallback):
-    """OLMo-core's checkpointer, which says what to do where a checkpoint cannot be saved.
+    """OLMo-core's checkpointer, which says what to do where a checkpoint cannot be saved, and saves no NaN.
 
     The run ends then, for it would train on without a net. Earlier checkpoints are not touched.
+
+    What a signal makes a run save is temporary: the run that goes on from it removes it once it has saved the next.
     """
+
+    def pre_train(self) -> None:
+        super().pre_train()
+        self._after_signals: list[str] = []
+        if self.enabled and self.remove != CheckpointRemovalStrategy.never and not is_url(self.save_folder):
+            found = list(self.checkpointer.find_checkpoints(self.save_folder)) if get_rank() == 0 else []
+            known = set(self._ephemeral_checkpoints)
+            self._after_signals = broadcast_object(
+                [
+                    str(path)
+                    for step, path in found
+                    if step <= self.step and str(path) not in known and _is_temporary(path)
+                ]
+            )
+
+    def post_train_batch(self) -> None:
+        super().post_train_batch()
+        self._drop_those_after_signals()
+
+    def post_train(self) -> None:
+        if self.enabled and self.trainer.is_canceled and self.step > self._latest_checkpoint_step:
+            self._save_checkpoint(save_async=False, ephemeral=True)
+        self._drop_those_after_signals()
+        super().post_train()
+
+    def _drop_those_after_signals(self) -> None:
+        """Schedule the temporary checkpoints of earlier runs for removal, which waits until the newest save is finished."""
+        if self._latest_checkpoint_step >= 0:
+            for path in self._after_signals:
+                self._schedule_for_removal(path)
+            self._after_signals = []
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> str:
         step = f"{self.save_folder}/{self.checkpointer.checkpoint_dirname(self.step)}"
+        if (problem := find_non_finite(self.trainer.train_module)) is not None:
+            raise SaveError(
+                f"{step} is not saved: {problem} is not finite. Earlier checkpoints are: start the same command again to go "
+                "back to the newest, with a lower train_module.optim.lr or a smaller train_module.max_grad_norm"
+            )
         return self._saving(step, functools.partial(super()._save_checkpoint, *args, **kwargs))
 
     def _await_last_checkpoint(self, blocking: bool = True) -> Future | None:
@@ -64,6 +108,15 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, OLMoCheckpointError):  # a traceback as text
         return str(error).strip().splitlines()[-1]
     return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _is_temporary(checkpoint: PathOrStr) -> bool:
+    """Whether a checkpoint was saved as one that a later one replaces."""
+    try:
+        content = read_json(Path(checkpoint) / Checkpointer.METADATA_FNAME, {"ephemeral": (bool, None)})
+    except (OSError, ValueError):
+        return False
+    return bool(content["ephemeral"])
 
 
 @dataclass

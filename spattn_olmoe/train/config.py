@@ -22,8 +22,10 @@ from olmo_core.train.train_module import TransformerTrainModuleConfig
 from ..errors import nearest
 from ..model.section import attach
 from ..settings import first_line, read
+from ..trust import check_classes
 from .keys import check_keys
 from .layout import Degrees
+from .ranges import check_ranges
 
 
 @dataclass
@@ -101,7 +103,9 @@ def show(path: str | Path, overrides: Sequence[str], key: str) -> Any:
 
 def decode_experiment(data: dict[str, Any]) -> ExperimentConfig:
     """An experiment from a nested dictionary, every key checked."""
+    check_classes(data, "")
     check_keys(data, ExperimentConfig)
+    check_ranges(data)
     try:
         config = ExperimentConfig.from_dict(data)
     except OLMoConfigurationError as error:

@@ -22,6 +22,7 @@ from olmo_core.utils import cuda_sync_debug_mode
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from ..exit_code import keep
+from .finite import find_non_finite
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def fit(trainer: Trainer) -> int:
         with a checkpoint saved. An error is raised; on one of several ranks it ends the process at once.
     """
     signal.signal(signal.SIGTERM, functools.partial(_outside_the_steps, trainer))
+    trainer._dry_run_batch = functools.partial(_interruptible, trainer, trainer._dry_run_batch)  # type: ignore[method-assign]
     try:
         record(trainer.fit)()  # tells the launcher what failed, so that it can name the first of many failures
     except SystemExit:
@@ -53,7 +55,7 @@ def fit(trainer: Trainer) -> int:
             os._exit(1)
         raise
     teardown_training_environment()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if trainer.is_canceled and trainer._cancel_reason == f"{number.name} received":
             log.warning(
                 "ended by %s at step %d: start the same command again to resume", number.name, trainer.global_step
@@ -71,6 +73,27 @@ def _outside_the_steps(trainer: Trainer, number: int, frame: FrameType | None) -
     ends = [end for end in (trainer.max_duration, trainer.hard_stop) if end is not None]
     if not trainer.is_canceled and not any(trainer._duration_due(end) for end in ends):
         sys.exit(128 + number)
+
+
+def _interruptible(trainer: Trainer, dry_run_batch: Callable[[], None]) -> None:
+    """The dry run of a batch, which may take minutes: signals end the process there, since nothing is there to save.
+
+    From then on a lost terminal (SIGHUP) is what SIGTERM is: the run saves and ends. Under ``nohup`` it stays ignored.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in handlers:
+        signal.signal(number, lambda received, frame: sys.exit(128 + received))
+    try:
+        dry_run_batch()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, functools.partial(_hang_up, trainer))
+
+
+def _hang_up(trainer: Trainer, number: int, frame: FrameType | None) -> None:
+    trainer.cancel_run("SIGHUP received")
 
 
 # ---- bad steps -------------------------------------------------------------------------------------------------------
@@ -128,9 +151,15 @@ class SkipNonFinite(Callback):
         if self._in_a_row >= self.stop_after:
             raise FloatingPointError(
                 f"steps {self.step - self._in_a_row + 1} to {self.step} had no finite gradient: stopped after "
-                f"skip_non_finite.stop_after={self.stop_after} of them in a row. The weights are finite, as they were before. "
+                f"skip_non_finite.stop_after={self.stop_after} of them in a row. {self._weights()} "
                 "Lower train_module.optim.lr, or leave out these steps with trainer.steps_to_skip, and start again"
             )
+
+    def _weights(self) -> str:
+        problem = find_non_finite(self.trainer.train_module)
+        if problem is None:
+            return "Weights and moments are finite: they were looked at."
+        return f"But {problem} is not finite, so nothing is saved: the run goes back to its newest checkpoint."
 
 
 # ---- evaluations in the loop -----------------------------------------------------------------------------------------

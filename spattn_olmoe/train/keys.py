@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import types
 import typing
 from enum import Enum
@@ -16,6 +15,7 @@ from typing import Any, Union
 from olmo_core.config import Config, Registrable
 
 from ..errors import nearest
+from ..trust import config_class
 
 
 def check_keys(data: Any, expected: Any, where: str = "") -> None:
@@ -103,7 +103,7 @@ def _config_class(data: Any, expected: Any, where: str) -> type | None:
         return None
     named = data.get(Config.CLASS_NAME_FIELD)
     if named is not None:
-        return _import_class(named, where)
+        return config_class(named, where)
     for option in _options(expected):
         cls = typing.get_origin(option) or option
         if isinstance(cls, type) and dataclasses.is_dataclass(cls):
@@ -111,17 +111,6 @@ def _config_class(data: Any, expected: Any, where: str) -> type | None:
                 return _registered(cls, data["type"], where)
             return cls
     return None
-
-
-def _import_class(name: str, where: str) -> type:
-    module, _, attribute = str(name).rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError):
-        raise ValueError(f"{where}._CLASS_={name!r}: there is no such class") from None
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise ValueError(f"{where}._CLASS_={name!r}: is not a config class")
-    return cls
 
 
 def _registered(base: type[Registrable], name: str, where: str) -> type:

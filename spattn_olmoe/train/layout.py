@@ -31,6 +31,9 @@ if TYPE_CHECKING:  # config.py asks for degrees
 RECOMPUTABLE = ("attention_norm", "attention", "feed_forward_norm", "feed_forward_moe.experts")
 """Parts of a block that activation checkpointing may wrap. The router may not: it counts what it routes."""
 
+MOST_RANKS = 2**20
+"""More GPUs than anybody has; above that, searching for a layout takes for ever."""
+
 
 class Degrees(NamedTuple):
     """Over how many ranks a config's ``train_module`` spreads a layer, by kind of parallelism; 1 is none."""
@@ -213,6 +216,8 @@ def check_layout(config: ExperimentConfig, world_size: int) -> None:
 
     OLMo-core finds out some of this after minutes, on all ranks at once, and some of it never: it then trains wrongly.
     """
+    if not 1 <= world_size <= MOST_RANKS:
+        raise ValueError(f"--gpus {world_size}: must lie between 1 and {MOST_RANKS}")
     module, T = config.train_module, config.sequence_length
     if module.pp_config is not None:
         raise ValueError(

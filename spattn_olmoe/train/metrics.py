@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from olmo_core.distributed.utils import get_rank
 from olmo_core.io import is_url
 from olmo_core.train import Trainer
 from olmo_core.train.callbacks import Callback
+
+from ..json_files import parse_json, to_json
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -44,14 +46,18 @@ class MetricsFile(Callback):
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         if get_rank() == 0:
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
+                file.write(to_json({"step": step, "time": time.time(), **metrics}) + "\n")
 
 
 def keep_steps(path: Path, up_to: int) -> None:
     """Drop the lines of a metrics file that are broken or of later steps than ``up_to``, all or nothing."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines() if (step := _step_of(line)) is not None and step <= up_to]
+    kept = [
+        line
+        for line in path.read_text(errors="replace").splitlines()
+        if (step := _step_of(line)) is not None and step <= up_to
+    ]
     new = path.with_suffix(".tmp")
     new.write_text("".join(f"{line}\n" for line in kept))
     new.replace(path)
@@ -59,16 +65,27 @@ def keep_steps(path: Path, up_to: int) -> None:
 
 def _step_of(line: str) -> int | None:
     """The step of a line of a metrics file; None for one that was cut off as it was written."""
+    metrics = _parsed(line)
+    return None if metrics is None else metrics["step"]
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """The numbers of a line, NaN for null; None for a line that is no metrics of a step."""
     try:
-        return int(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError):
+        metrics = parse_json(line, METRICS_FILE, {"step": int})
+    except ValueError:
         return None
+    return {
+        key: math.nan if value is None else value
+        for key, value in metrics.items()
+        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    }
 
 
 def read_metrics(folder: str | Path) -> dict[int, dict[str, float]]:
-    """The metrics of a run by step, in order of steps."""
+    """The metrics of a run by step, in order of steps; NaN for those that were not finite, which the file has as null."""
     by_step: dict[int, dict[str, float]] = {}
-    for line in (Path(folder) / METRICS_FILE).read_text().splitlines():
-        if (step := _step_of(line)) is not None:
-            by_step.setdefault(step, {}).update({k: v for k, v in json.loads(line).items() if k != "step"})
+    for line in (Path(folder) / METRICS_FILE).read_text(errors="replace").splitlines():
+        if (metrics := _parsed(line)) is not None:
+            by_step.setdefault(metrics.pop("step"), {}).update(metrics)
     return dict(sorted(by_step.items()))

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from olmo_core.distributed.utils import broadcast_object, get_rank
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.io import is_url, normalize_path
+from olmo_core.nn.transformer import TransformerBlockConfig, TransformerConfig
 from olmo_core.train import LoadStrategy, Trainer, prepare_training_environment
 from olmo_core.train.callbacks import ConfigSaverCallback, ConsoleLoggerCallback, SpeedMonitorCallback
+from olmo_core.train.common import DurationUnit
 from olmo_core.utils import seed_all
 
 from ..lock import Lock
@@ -21,6 +24,7 @@ from ..model.fingerprint import FILE_NAME as FINGERPRINT_FILE
 from ..model.fingerprint import Fingerprint, check_checkpoint
 from ..model.remedies import apply_remedies
 from ..model.section import AUTO, BASELINE, layer_patterns
+from ..model.unpickling import reading
 from ..patterns.head_order import NATURAL
 from . import output
 from .checkpoints import CheckpointFiles
@@ -28,6 +32,7 @@ from .config import ExperimentConfig
 from .dry_run import in_a_line
 from .evaluators import check_evaluators, check_not_empty, held_out_datasets, label_all_files
 from .faults import ShieldDataWorkers, SkipNonFinite, survive_evaluations
+from .finite import find_non_finite
 from .layout import check_layout
 from .metrics import MetricsFile, run_folder
 from .progress import Progress, Throughput
@@ -49,6 +54,8 @@ def prepare(config: ExperimentConfig, *, verify_data: bool = False, verbose: boo
     check(config)
     check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_data(config)
+    if (there := config.trainer.load_path) is not None and not is_url(there) and not os.path.isdir(there):
+        raise ValueError(f"trainer.load_path={there}: there is no such folder")
     output.begin(verbose=verbose)
     apply_remedies()
     prepare_training_environment(
@@ -60,10 +67,41 @@ def prepare(config: ExperimentConfig, *, verify_data: bool = False, verbose: boo
     verify_shards(config, checkpoint, everything=verify_data)
     log.info(in_a_line(config))
     trainer = build_trainer(config)
+    passed_over: list[str] = []
     output.open_log(run_folder(trainer))
-    if checkpoint is not None:
+    while checkpoint is not None:
         load(trainer, checkpoint)
+        if (problem := find_non_finite(trainer.train_module)) is None:
+            break
+        log.warning("%s is passed over: its %s is not finite", checkpoint, problem)
+        passed_over.append(checkpoint)
+        checkpoint = checkpoint_to_load(config, passing_over=passed_over)
+        if checkpoint is None:
+            raise ValueError(
+                f"no checkpoint to go on from is finite: {', '.join(passed_over)}; start in another folder"
+            )
+    check_work_left(trainer)
     return trainer
+
+
+def check_work_left(trainer: Trainer) -> None:
+    """Raise where there is nothing to train on, or a run is already behind its own end.
+
+    :raises ValueError: the data is smaller than a batch, or ``trainer.max_duration`` less than what was trained.
+    """
+    loader = trainer.data_loader
+    if loader.total_batches == 0:
+        raise ValueError(
+            f"data_loader.global_batch_size={loader.global_batch_size} (tokens) is more than the data holds in whole sequences: "
+            "lower it or prepare more text"
+        )
+    end, step, tokens = trainer.max_duration, trainer.global_step, trainer.global_train_tokens_seen
+    done = {DurationUnit.steps: step, DurationUnit.tokens: tokens}.get(end.unit)
+    if done is not None and end.value < done:
+        raise ValueError(
+            f"trainer.max_duration.value={end.value} {end.unit}: the checkpoint is at {done} already: raise it, or give the run "
+            "another trainer.save_folder"
+        )
 
 
 def claim(folder: str) -> None:
@@ -159,6 +197,16 @@ def check(config: ExperimentConfig) -> None:
             "train_module.max_grad_norm is not set, and bad steps are known by the gradient's norm: set it (1.0e9 never clips), "
             "or trainer.callbacks.skip_non_finite.enabled=false"
         )
+    for key, folder in (("save_folder", config.trainer.save_folder), ("load_path", config.trainer.load_path)):
+        if folder is not None and (not folder.strip() or "\0" in folder or len(folder) > 4096):
+            raise ValueError(f"trainer.{key}={folder[:40]!r}: must name a folder")
+    for key in ("eos_token_id", "pad_token_id"):
+        if getattr(config.dataset.tokenizer, key) >= config.dataset.tokenizer.vocab_size:
+            raise ValueError(
+                f"dataset.tokenizer.{key}={getattr(config.dataset.tokenizer, key)}: must be below "
+                f"dataset.tokenizer.vocab_size={config.dataset.tokenizer.vocab_size}"
+            )
+    _check_experts(model)
     vocabulary = config.dataset.tokenizer.vocab_size
     if vocabulary > config.model.vocab_size:
         raise ValueError(
@@ -168,20 +216,42 @@ def check(config: ExperimentConfig) -> None:
     check_evaluators(config.trainer, module, list(layer_patterns(model)))
 
 
+def _check_experts(model: TransformerConfig) -> None:
+    """Raise where a token is to be sent to more experts than there are."""
+    assert isinstance(model.block, TransformerBlockConfig)  # attach() refuses others
+    for block in (model.block, *(model.block_overrides or {}).values()):
+        moe = block.feed_forward_moe
+        if moe is not None and moe.router.top_k > moe.num_experts:
+            raise ValueError(
+                f"model.block.feed_forward_moe.router.top_k={moe.router.top_k} is more than num_experts={moe.num_experts}: "
+                "lower it"
+            )
+
+
 # ---- the checkpoint to go on from ------------------------------------------------------------------------------------
 
 
-def checkpoint_to_load(config: ExperimentConfig, *, verify: bool = True) -> str | None:
+def checkpoint_to_load(
+    config: ExperimentConfig, *, verify: bool = True, passing_over: Collection[str] = ()
+) -> str | None:
     """The checkpoint to load: the newest intact one of the save folder, else of ``trainer.load_path``.
 
-    All ranks call it together. ``verify`` as in :func:`.find_checkpoint`.
+    All ranks call it together. ``verify`` and ``passing_over`` as in :func:`.find_checkpoint`.
+
+    :raises ValueError: ``trainer.load_path`` holds none, and the save folder neither.
     """
     trainer = config.trainer
     if trainer.no_checkpoints or trainer.load_strategy == LoadStrategy.never:
         return None
     for folder in (trainer.save_folder, trainer.load_path):
-        if folder is not None and (found := find_checkpoint(folder, verify=verify)) is not None:
+        if folder is None:
+            continue
+        if (found := find_checkpoint(folder, verify=verify, passing_over=passing_over)) is not None:
             return found
+    if trainer.load_path is not None and not passing_over:
+        raise ValueError(
+            f"trainer.load_path={trainer.load_path}: neither a complete checkpoint nor a folder of checkpoints (stepN/)"
+        )
     return None
 
 
@@ -233,7 +303,8 @@ def load(trainer: Trainer, checkpoint: str) -> None:
         log.warning("trainer.load_path=%s is passed over: the run goes on from %s", trainer.load_path, checkpoint)
     log.info("resuming from %s", checkpoint)
     whole = True if own else None  # as Trainer.fit: all of a run's own state, else as the trainer is configured
-    trainer.load_checkpoint(checkpoint, load_trainer_state=whole, load_optim_state=whole)
+    with reading(checkpoint):
+        trainer.load_checkpoint(checkpoint, load_trainer_state=whole, load_optim_state=whole)
 
 
 def _is_own(save_folder: str, checkpoint: str) -> bool:

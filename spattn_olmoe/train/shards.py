@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import glob
-import json
 import logging
+from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
 
@@ -14,7 +13,10 @@ from olmo_core.distributed.utils import broadcast_object, get_rank
 from olmo_core.io import is_url
 
 from ..data.manifest import Manifest, verify, verify_shard
+from ..data.tokenizer import parse_tokenizer
 from ..data.writer import Shard
+from ..files import matching
+from ..json_files import read_json
 from ..model.checkpoint import TOKENIZER_FILE
 from ..model.fingerprint import FILE_NAME as FINGERPRINT_FILE
 from ..ranks import first_problem
@@ -44,7 +46,7 @@ def data_files(dataset: NumpyDatasetConfig, key: str = "dataset") -> list[str]:
         if is_url(path):
             files.append(path)
             continue
-        found = sorted(glob.glob(path)) if dataset.expand_glob else [path] if Path(path).is_file() else []
+        found = [str(p) for p in matching(path)] if dataset.expand_glob else [path] if Path(path).is_file() else []
         if not found:
             without = "" if key == "dataset" else f"; or set {key.rpartition('.')[0]}.enabled=false"
             raise ValueError(f"{key}.paths: {path} does not exist; scripts/prepare_data.py makes token shards{without}")
@@ -57,10 +59,13 @@ def tokenizer_file(config: ExperimentConfig) -> dict[str, str]:
     folders = _folders(data_files(config.dataset))
     if not folders:
         return {}
-    return {TOKENIZER_FILE: Manifest.load(folders[0]).tokenizer_path.read_text(encoding="utf-8")}
+    path = Manifest.load(folders[0]).tokenizer_path
+    data = path.read_bytes()
+    parse_tokenizer(data, str(path))  # whatever else lies there is copied nowhere
+    return {TOKENIZER_FILE: data.decode("utf-8")}
 
 
-def _folders(files: list[str]) -> list[Path]:
+def _folders(files: Iterable[str]) -> list[Path]:
     """The local folders that hold data files, each with its manifest."""
     return sorted({Path(file).parent for file in files if not is_url(file)})
 
@@ -84,6 +89,25 @@ def check_data(config: ExperimentConfig) -> None:
                 sequence_length=length,
             )
             verified.add(folder)
+    _check_batch(config)
+
+
+def _check_batch(config: ExperimentConfig) -> None:
+    """Raise where all data together are less than one batch: epochs without a step would follow each other for ever."""
+    files, T = [Path(file) for file in data_files(config.dataset)], config.sequence_length
+    known = {folder / shard.path: shard.tokens for folder in _folders(map(str, files)) for shard in _shards(folder)}
+    if not files or any(path not in known for path in files):
+        return  # the data loader counts them later
+    tokens = sum(known[path] // T * T for path in files)
+    if tokens < config.data_loader.global_batch_size:
+        raise ValueError(
+            f"data_loader.global_batch_size={config.data_loader.global_batch_size} (tokens) is more than the {tokens} tokens of "
+            f"all whole sequences of dataset.paths: lower it or prepare more text"
+        )
+
+
+def _shards(folder: Path) -> list[Shard]:
+    return Manifest.load(folder).shards
 
 
 def shard_hashes(config: ExperimentConfig) -> list[list[str]]:
@@ -140,9 +164,11 @@ def check_same_data(config: ExperimentConfig, checkpoint: str) -> None:
     path = Path(checkpoint, DATA_FILE)
     if getattr(config.data_loader, "ignore_fingerprint_mismatch", False) or not path.exists():
         return
-    there, here = json.loads(path.read_bytes()), shard_hashes(config)
+    there, here = read_json(path, [[str]]), shard_hashes(config)
     if there == here:
         return
+    if any(len(shard) != 2 for shard in there):
+        raise ValueError(f"{path} is damaged: restore it")
     before, now = next(pair for pair in zip_longest(there, here) if pair[0] != pair[1])
     raise ValueError(
         f"dataset.paths: checkpoint {checkpoint} was trained on {_named(before)} where there is {_named(now)} now: restore the "

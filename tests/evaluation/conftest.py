@@ -18,16 +18,7 @@ from spattn_olmoe.data import DataConfig, SourceConfig, TokenizerSection, prepar
 from spattn_olmoe.errors import user_errors
 from spattn_olmoe.evaluation import commands
 from spattn_olmoe.model.checkpoint_files import write_checksums
-from tests.conftest import ROOT, run_training
-
-
-@pytest.fixture(scope="session")
-def trained(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint after 12 steps: 4 heads, band length 32, 512 ids."""
-    folder = tmp_path_factory.mktemp("trained")
-    done = run_training(tiny_yaml, f"trainer.save_folder={folder}/run", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder / "run" / "step12"
+from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="session")

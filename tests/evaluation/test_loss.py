@@ -10,6 +10,7 @@ import torch
 
 from spattn_olmoe.data import Manifest
 from spattn_olmoe.evaluation import loss
+from spattn_olmoe.json_files import to_json
 from spattn_olmoe.model.checkpoint import Checkpoint
 
 
@@ -75,3 +76,9 @@ def test_several_checkpoints_from_the_command_line(checkpoint_of, evaluate_comma
 def test_data_without_a_validation_split_is_refused(checkpoint_of, tiny_data):
     with pytest.raises(ValueError, match="the validation split holds no whole sequence of 32 tokens"):
         loss.HeldOut.read(Checkpoint.open(checkpoint_of("standard")))
+
+
+def test_losses_beyond_the_largest_perplexity_are_shown():
+    rows = loss.summarise(np.full((3, 63), 800.0))
+    assert rows[0]["loss"] == 800.0 and rows[0]["perplexity"] == float("inf")
+    assert json.loads(to_json(rows))[0]["perplexity"] is None

@@ -51,6 +51,21 @@ def oracle(lm: SPAttnLM, context: str, continuation: str) -> tuple[float, bool]:
     return float(chosen.sum()), bool((last.argmax(1) == targets).all())
 
 
+def test_a_continuation_that_is_merged_into_its_context_is_scored_by_itself(checkpoint_of):
+    lm = SPAttnLM(checkpoint_of("spattention"))
+    # a word that is one token, cut where no token ends
+    words = (lm._tokenizer.decode([i]) for i in range(300, 512))
+    word = next(w for w in words if w.isalpha() and len(w) > 2 and len(lm.tok_encode(w)) == 1)
+    context, continuation = word[:-1], word[-1]
+    ids = lm.tok_encode(context), lm.tok_encode(continuation)
+    spaces = lm.tok_encode("  x")
+    merged, spaced = lm.loglikelihood(instances("loglikelihood", (context, continuation), ("  ", "x")))
+    for got, (read, scored) in ((merged, ids), (spaced, ([lm.eot_token_id], spaces))):
+        logprobs = lm._module.model_forward(torch.tensor([read + scored[:-1]]))[0].log_softmax(-1)[-len(scored) :]
+        expected = float(logprobs.gather(1, torch.tensor(scored)[:, None]).double().sum())
+        assert got[0] == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize(("name", "options"), TYPES)
 def test_a_score_depends_on_nothing_beside_its_request(checkpoint_of, name, options):
     requests = instances("loglikelihood", *pairs())

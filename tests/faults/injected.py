@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from olmo_core.distributed.utils import get_rank
+from olmo_core.distributed.utils import get_local_tensor, get_rank
 from olmo_core.train import Trainer, trainer
 from olmo_core.train.callbacks import Callback
 
@@ -49,6 +49,17 @@ class Signal(Fault):
     def pre_optim_step(self) -> None:
         if self.due:
             (os.killpg if self.group else os.kill)(os.getpgid(0) if self.group else os.getpid(), self.number)
+
+
+@dataclass
+class Poison(Fault):
+    """NaN in a weight, behind the optimiser's back."""
+
+    def post_train_batch(self) -> None:
+        if self.due:
+            weight = next(self.trainer.train_module.model.parameters())  # type: ignore[attr-defined]
+            with torch.no_grad():
+                get_local_tensor(weight).flatten()[0] = float("nan")
 
 
 @dataclass

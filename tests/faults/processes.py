@@ -32,6 +32,7 @@ def command(run: Path, data: Path, *overrides: str) -> list[str]:
     return [
         str(SCRIPT),
         f"--config={BASE}",
+        "--trust=tests.faults.injected",
         *TINY,
         *run_overrides(run, data),
         "attention.type=spattention",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -180,3 +182,42 @@ def weights(checkpoint: Path) -> list[torch.Tensor]:
     tensors = list(load_keys(str(folder), list(get_checkpoint_metadata(str(folder)).state_dict_metadata)))
     assert len(tensors) > 50  # weights and moments
     return [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+
+
+def test_weights_that_are_not_finite_are_not_saved(unbroken, new_run):
+    run = new_run()
+    assert run(inject("Poison", at=8)) not in (0, None)
+    assert "step8 is not saved: weight" in run.log and run.steps() == ["step4"]
+    assert run() == 0, run.log
+    assert run.curve == unbroken.curve
+
+
+def test_a_checkpoint_that_holds_nan_is_passed_over(unbroken, new_run):
+    run = new_run()
+    assert run("trainer.max_duration.value=8") == 0, run.log
+    _poison(run.folder / "step8")
+    assert run() == 0, run.log
+    assert "step8 is passed over: its weight" in run.log and "step4" in run.log
+    assert run.curve[12] == unbroken.curve[12]
+
+
+def test_a_run_that_is_behind_its_end_is_refused(unbroken, new_run):
+    run = new_run()
+    assert run("trainer.max_duration.value=8") == 0, run.log
+    assert run("trainer.max_duration.value=7") == 2, run.log
+    assert "trainer.max_duration.value=7" in run.log and "at 8 already" in run.log
+
+
+def _poison(checkpoint: Path) -> None:
+    """NaN in the weights of a checkpoint, whose checksums are right."""
+    index = pickle.loads((checkpoint / "model_and_optim/.metadata").read_bytes())
+    _key, place = next((k, p) for k, p in index.storage_data.items() if k.fqn.startswith("model."))
+    path = checkpoint / "model_and_optim" / place.relative_path
+    data = path.read_bytes()
+    tensor = torch.load(io.BytesIO(data[place.offset : place.offset + place.length]))
+    tensor.flatten()[0] = float("nan")
+    out = io.BytesIO()
+    torch.save(tensor, out)
+    assert len(out.getvalue()) == place.length
+    path.write_bytes(data[: place.offset] + out.getvalue() + data[place.offset + place.length :])
+    write_checksums(checkpoint, rank=0, ranks=1)

@@ -12,6 +12,7 @@ from tests.faults.injected import inject
 FAULTS = {
     "SIGTERM mid-step": (inject("Signal", at=6), 143, ["step4", "step6"]),
     "SIGINT mid-step": (inject("Signal", at=6, number=int(signal.SIGINT)), 130, ["step4", "step6"]),
+    "SIGHUP mid-step": (inject("Signal", at=6, number=int(signal.SIGHUP)), 129, ["step4", "step6"]),
     "SIGKILL mid-step": (inject("Signal", at=6, number=int(signal.SIGKILL)), -9, ["step4"]),
 }
 
@@ -42,6 +43,25 @@ def test_sigterm_before_the_first_step_ends_at_once(unbroken, new_run):
         os.kill(process.pid, signal.SIGTERM)
         assert run.wait([process]) in (143, -signal.SIGTERM)
     assert run.steps() == []
+
+
+def test_sigterm_in_the_dry_run_of_a_batch_ends_at_once(unbroken, new_run):
+    run = new_run("data_loader.global_batch_size=4096")
+    with run.started("--verbose") as (process,):
+        run.until_said("Starting forward/backward dry-run batch", process)
+        os.kill(process.pid, signal.SIGTERM)
+        assert run.wait([process]) == 143
+    assert run.steps() == [] and "Dry-run complete" not in run.log
+
+
+def test_checkpoints_of_signals_do_not_pile_up(unbroken, new_run):
+    run = new_run("trainer.callbacks.checkpointer.save_interval=100")
+    for at in (2, 5, 7):
+        assert run(inject("Signal", at=at)) == 143, run.log
+        assert run.steps() == [f"step{at}"]
+    assert run() == 0, run.log
+    assert run.steps() == ["step12"]
+    assert run.curve == unbroken.curve
 
 
 @pytest.mark.parametrize("how", ["synchronous", "asynchronous"])

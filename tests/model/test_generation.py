@@ -13,8 +13,9 @@ from olmo_core.generate.generation_module import GenerationConfig, TransformerGe
 
 from benchmarks.tiny import PAD, VOCAB, tiny, write_data
 from spattn_olmoe.model import apply_remedies, with_attention
-from spattn_olmoe.model.checkpoint import generate, load_generator, load_tokenizer, read_checkpoint_config
+from spattn_olmoe.model.checkpoint import Checkpoint, generate, load_tokenizer, read_checkpoint_config
 from spattn_olmoe.model.checkpoint_files import resolve_checkpoint
+from spattn_olmoe.model.fingerprint import Fingerprint
 from spattn_olmoe.patterns import available_variants, find_variant
 
 N, PROMPT, NEW = 40, 12, 20
@@ -149,6 +150,7 @@ def run_folder(tmp_path_factory):
         torch.save({}, path / "train" / "rank0.pt")
         (path / ".metadata.json").write_text('{"version": "3"}')
         (path / "config.json").write_text(json.dumps(saved.as_config_dict()))
+        (path / "attention.json").write_text(Fingerprint.of(config).to_json())
     (folder / "step20").mkdir()
     return folder
 
@@ -174,7 +176,7 @@ def test_a_checkpoint_without_its_config_is_refused(run_folder):
 
 
 def test_model_and_attention_come_from_the_checkpoint(run_folder):
-    module = load_generator(resolve_checkpoint(run_folder))
+    module = Checkpoint.open(run_folder).load()
     _, model = random_model({"type": "spattention", "local_sharing": True})
     attention = module.model.blocks["1"].attention
     assert attention.pattern == model.blocks["1"].attention.pattern
@@ -184,7 +186,7 @@ def test_model_and_attention_come_from_the_checkpoint(run_folder):
 
 
 def test_text_goes_on_with_and_without_a_cache(run_folder):
-    checkpoint = resolve_checkpoint(run_folder)
+    checkpoint = Checkpoint.open(run_folder)
     asked = {"max_new_tokens": 8, "seed": 0}
     prompt = "w5 w6 w7 w8"
     cached = generate(checkpoint, prompt, temperature=0.0, **asked)
@@ -198,7 +200,25 @@ def test_text_goes_on_with_and_without_a_cache(run_folder):
 
 def test_an_empty_prompt_is_refused(run_folder):
     with pytest.raises(ValueError, match="--prompt is empty"):
-        generate(resolve_checkpoint(run_folder), " ", max_new_tokens=1, temperature=0.0, seed=0)
+        generate(Checkpoint.open(run_folder), " ", max_new_tokens=1, temperature=0.0, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"prompt": "w5 " * 500}, "--prompt of 500 tokens"),
+        ({"max_new_tokens": 10**9}, "--max-new-tokens 1000000000"),
+        ({"max_new_tokens": 0}, "--max-new-tokens 0"),
+        ({"temperature": float("nan")}, "--temperature nan"),
+        ({"temperature": -1.0}, "--temperature -1"),
+        ({"seed": -1}, "--seed -1"),
+        ({"prompt": "caf\udce9"}, "--prompt is no UTF-8"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused_at_once(run_folder, asked, words):
+    usual = {"prompt": "w5", "max_new_tokens": 1, "temperature": 0.0, "seed": 0}
+    with pytest.raises(ValueError, match=words):
+        generate(Checkpoint.open(run_folder), **{**usual, **asked})
 
 
 def test_a_tokenizer_that_is_gone_is_named(run_folder, tmp_path):
@@ -206,7 +226,7 @@ def test_a_tokenizer_that_is_gone_is_named(run_folder, tmp_path):
     config["dataset"]["tokenizer"]["identifier"] = str(tmp_path / "tokenizer.json")
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="no such file"):
-        generate(str(tmp_path), "w5", max_new_tokens=1, temperature=0.0, seed=0)
+        load_tokenizer(tmp_path)
 
 
 def test_a_checkpoints_own_tokenizer_comes_before_the_one_it_was_trained_with(run_folder, tmp_path):

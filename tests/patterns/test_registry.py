@@ -12,7 +12,7 @@ import pytest
 import torch
 from mask_oracle import MASKS, build
 
-from spattn_olmoe import available_patterns, build_pattern
+from spattn_olmoe import available_patterns, build_pattern, trust
 from spattn_olmoe.patterns import (
     MAX_INTERVALS,
     VARIANTS,
@@ -55,6 +55,7 @@ def external_module(tmp_path, monkeypatch, registry_copy):
     """The name of an importable module, outside of the package, that defines the type ``every_third``."""
     (tmp_path / "somebodys_masks.py").write_text(EXTERNAL)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(trust, "_trusted", {*trust._trusted, "somebodys_masks"})
     yield "somebodys_masks"
     sys.modules.pop("somebodys_masks", None)
 
@@ -192,7 +193,8 @@ def test_a_type_of_another_module_is_found_by_its_dotted_name(external_module):
 def test_config_of_such_a_type_rebuilds_it_in_a_process_that_has_not_imported_it(external_module, tmp_path):
     """As a checkpoint's config does."""
     config = build_pattern(f"{external_module}.every_third", n_heads=2, band_length=9, first=1).to_config()
-    code = f"from spattn_olmoe import build_pattern; print(build_pattern(**{config!r}))"
+    trusting = f"from spattn_olmoe.trust import trust; trust({external_module!r})"
+    code = f"{trusting}; from spattn_olmoe import build_pattern; print(build_pattern(**{config!r}))"
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
@@ -203,7 +205,8 @@ def test_config_of_such_a_type_rebuilds_it_in_a_process_that_has_not_imported_it
 
 
 @pytest.mark.parametrize("name", ["no_such_module.mask", ".eball", "eball."])
-def test_a_module_that_cannot_be_imported_is_named(name):
+def test_a_module_that_cannot_be_imported_is_named(name, monkeypatch):
+    monkeypatch.setattr(trust, "_trusted", {name.rpartition(".")[0]})
     with pytest.raises(ValueError, match=f"attention.type='{name}': cannot import"):
         build_pattern(name, n_heads=2, band_length=8)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from spattn_olmoe.train.metrics import METRICS_FILE, keep_steps, read_metrics
+from spattn_olmoe.train.metrics import METRICS_FILE, MetricsFile, keep_steps, read_metrics
 
 
 def lines(*steps):
@@ -40,3 +42,13 @@ def test_lines_of_steps_that_come_again_are_dropped(tmp_path):
 def test_without_a_file_there_is_nothing_to_keep(tmp_path):
     keep_steps(tmp_path / METRICS_FILE, up_to=2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path):
+    callback = MetricsFile()
+    callback._trainer = SimpleNamespace(save_folder=str(tmp_path), work_dir=tmp_path)
+    callback.log_metrics(3, {"loss": float("nan"), "norm": float("inf"), "lr": 0.5})
+    (line,) = (tmp_path / METRICS_FILE).read_text().splitlines()
+    found = json.loads(line, parse_constant=pytest.fail)
+    assert (found["loss"], found["norm"], found["lr"]) == (None, None, 0.5)
+    assert np.isnan(read_metrics(tmp_path)[3]["loss"])

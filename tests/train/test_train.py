@@ -120,6 +120,12 @@ BAD = {
         ],
         "sequence_length",
     ),
+    "a batch larger than the data": (
+        ["data_loader.global_batch_size=67108864", "train_module.rank_microbatch_size=128"],
+        "data_loader.global_batch_size",
+    ),
+    "a checkpoint that is not there": (["trainer.load_path=nowhere/step5"], "trainer.load_path=nowhere/step5"),
+    "more experts a token than there are": (["model.block.feed_forward_moe.router.top_k=5"], "top_k=5"),
     "dropout": (["model.block.sequence_mixer.dropout=0.1"], "dropout"),
     "layout beyond the ranks": (["train_module.tp_config.degree=2"], "tp_config"),
     "a config that is not there": (None, "does not exist"),

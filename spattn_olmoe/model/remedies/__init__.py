@@ -13,6 +13,7 @@ from . import (
     grouped_gemm,
     held_out_loss,
     router_gradients,
+    unpickling,
 )
 from .release import TESTED_RELEASE
 
@@ -25,6 +26,7 @@ REMEDIES = (
     held_out_loss,
     cancellation,
     async_save_metric,
+    unpickling,
 )
 
 

@@ -1,0 +1,138 @@
+"""Files of strangers: names stay in their folder, JSON has a structure, text is text, YAML is bounded."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spattn_olmoe import trust
+from spattn_olmoe.files import inside, matching
+from spattn_olmoe.json_files import check_shape, parse_json, read_json, to_json
+from spattn_olmoe.settings import read
+from spattn_olmoe.text import figure_text, inline, visible
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "a/../../secret", "/etc/passwd", "", "a\0b", "out", "pipe", "folder/out"]
+)
+def test_names_that_lead_out_or_name_no_file_are_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x")
+    folder = tmp_path / "data"
+    (folder / "folder").mkdir(parents=True)
+    os.symlink("../secret", folder / "out")
+    os.symlink("../../secret", folder / "folder/out")
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(ValueError):
+        inside(folder, name)
+
+
+def test_names_inside_are_files_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "data/part").mkdir(parents=True)
+    (tmp_path / "data/part/a.bin").write_text("x")
+    os.symlink(tmp_path / "data", tmp_path / "link")
+    assert inside(tmp_path / "link", "part/a.bin").read_text() == "x"
+    assert inside(tmp_path / "data", "not-there-yet").name == "not-there-yet"
+
+
+def test_a_name_is_itself_before_it_is_a_pattern(tmp_path: Path) -> None:
+    for name in ("a[1].bin", "a1.bin"):
+        (tmp_path / name).write_text("")
+    assert matching(f"{tmp_path}/a[1].bin") == [tmp_path / "a[1].bin"]
+    assert matching(f"{tmp_path}/a[12].bin") == [tmp_path / "a1.bin"]
+    assert matching("null\0byte") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[" * 100_000, "[" * 200 + "]" * 200, '{"a": ' + "7" * 5000 + "}", "\udce9", '{"n": 1.5}', "[1]", "null"],
+)
+def test_json_that_is_none_or_has_another_structure_is_one_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError) as refused:
+        read_json(path, {"n": int})
+    assert str(path) in str(refused.value) and len(str(refused.value).splitlines()) == 1
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="no regular file"):
+        read_json(tmp_path / "a.json")
+
+
+@given(JSON)
+def test_what_is_written_is_json_whatever_it_holds(value: object) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    assert parse_json(to_json(value), "x") is not ... and json.loads(to_json(value), parse_constant=refuse) is not ...
+
+
+@given(JSON)
+def test_a_shape_is_met_or_a_value_error(value: object) -> None:
+    shape = {"a": [int], "b": (str, None), "c": {str: float}}
+    try:
+        check_shape(value, shape, "x")
+    except ValueError as error:
+        assert str(error).startswith("x: ")
+    else:
+        assert isinstance(value, dict) and {"a", "b", "c"} <= value.keys()
+
+
+@given(st.text())
+def test_text_in_a_line_stays_in_it(text: str) -> None:
+    shown = inline(text)
+    assert len(shown.splitlines()) <= 1 and "\x1b" not in shown and shown.count("|") == shown.count("\\|")
+    assert "\x1b" not in visible(text) and figure_text("$x^{$") == r"\$x^{\$"
+
+
+ALIASES = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{key}: &{key} [{','.join([f'*{before}'] * 10)}]\n" for before, key in zip("abcdefg", "bcdefgh", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "text", [ALIASES, "a: &a [*a]\n", "a: " + "[" * 200 + "]" * 200], ids=["bomb", "endless", "deep"]
+)
+def test_yaml_that_grows_is_refused_at_once(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"aliases|nested too deeply"):
+        read(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    "text", ["a: ${oc.env:SECRET}", "a: ${oc.${b}:SECRET}\nb: env", "a: ${oc.env:NONE,${oc.env:SECRET}}"]
+)
+def test_the_environment_is_read_only_when_asked(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match="--trust env") as refused:
+        read(tmp_path / "a.yaml")
+    assert "hunter2" not in str(refused.value)
+    monkeypatch.setattr(trust, "_trusted", {*trust._trusted, trust.ENVIRONMENT})
+    assert read(tmp_path / "a.yaml")["a"] == "hunter2"
+
+
+def test_only_trusted_modules_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from spattn_olmoe import build_pattern
+
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "masks_of_mine.py").write_text(
+        "from spattn_olmoe.patterns.registry import pattern_class, register_pattern\n"
+        "@register_pattern('mine')\nclass Mine(pattern_class('standard')): pass\n"
+    )
+    with pytest.raises(ValueError, match="--trust masks_of_mine"):
+        build_pattern("masks_of_mine.mine", n_heads=2, band_length=8)
+    monkeypatch.setattr(trust, "_trusted", {*trust._trusted, "masks_of_mine"})
+    assert build_pattern("masks_of_mine.mine", n_heads=2, band_length=8).n_heads == 2
