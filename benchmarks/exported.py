@@ -65,7 +65,11 @@ def differences(model: Any, prompts: list[list[int]], expected: dict[str, Any]) 
 def generations(model: Any, prompt: list[int], expected: torch.Tensor) -> dict[str, bool]:
     """Whether every way of generating gives what it must."""
     ids, asked = torch.tensor([prompt]), {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
-    ways = {"dynamic cache": {}, "static cache": {"cache_implementation": "static"}, "no cache": {"use_cache": False}}
+    ways: dict[str, dict[str, Any]] = {
+        "dynamic cache": {},
+        "static cache": {"cache_implementation": "static"},
+        "no cache": {"use_cache": False},
+    }
     found = {way: torch.equal(model.generate(ids, **asked, **options)[0], expected) for way, options in ways.items()}
     lookup = model.generate(ids, prompt_lookup_num_tokens=3, **asked)[0]
     beams = [model.generate(ids, num_beams=3, use_cache=cache, **asked) for cache in (True, False)]

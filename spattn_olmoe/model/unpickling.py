@@ -38,7 +38,7 @@ _INDEX_CLASSES = {
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
     "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
 }
-_STATE_CLASSES = [
+_STATE_CLASSES: list[Any] = [
     np.array(0).__reduce__()[0],  # NumPy's function that makes an array, whatever its module is called
     np.ndarray,
     np.dtype,

@@ -40,9 +40,9 @@ def apply() -> None:
     :raises OLMoConfigurationError: another release of OLMo-core, which may read them elsewhere.
     """
     require_tested_release(__name__)
-    filesystem.pickle = _Instead(pickle, load=unpickling.read_index)  # type: ignore[attr-defined]
-    filesystem.torch = _Instead(torch, load=unpickling.load_tensor)  # type: ignore[attr-defined]
-    checkpoint.torch = _Instead(torch, load=unpickling.load_state)  # type: ignore[attr-defined]
+    filesystem.pickle = _Instead(pickle, load=unpickling.read_index)  # type: ignore[assignment]
+    filesystem.torch = _Instead(torch, load=unpickling.load_tensor)  # type: ignore[assignment]
+    checkpoint.torch = _Instead(torch, load=unpickling.load_state)  # type: ignore[assignment]
     RemoteFileSystemReader.read_data = read_data  # type: ignore[method-assign]
 
 
