@@ -7,6 +7,7 @@ its key has dots for nesting and indices for lists: ``trainer.save_folder=null``
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
@@ -96,7 +97,22 @@ def _set(config: DictConfig, word: str) -> None:
         value = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"])))["value"]
         if isinstance(value, bool) and text.strip().lower() not in ("true", "false"):
             value = text  # yes, no, on and off are words, as in YAML 1.2
+        _own(config, key)
         OmegaConf.update(config, key, value, merge=True)
+
+
+def _own(config: DictConfig, key: str) -> None:
+    """Give a key's sections that are references (``tokenizer: ${dataset.tokenizer}``) a copy of what they refer to.
+
+    A word below such a section then changes that section alone, and leaves the rest of it as it was.
+    """
+    section: Any = config
+    for part in key.split(".")[:-1]:
+        if not isinstance(section, DictConfig) or part not in section:
+            return
+        if OmegaConf.is_interpolation(section, part):
+            section[part] = copy.deepcopy(section[part])
+        section = section[part]
 
 
 def _layers(path: Path, extending: tuple[Path, ...]) -> list[tuple[Path, DictConfig]]:

@@ -112,3 +112,8 @@ def test_a_file_that_cannot_be_read_is_one_line(file, content, said):
     with pytest.raises(ValueError, match=said) as caught:
         read(file)
     assert "\n" not in str(caught.value) and str(file) in str(caught.value)
+
+
+def test_a_word_below_a_reference_changes_that_section_alone(file):
+    file.write_text("a: {size: 1, id: 7}\nb: {own: '${a}'}")
+    assert read(file, ["b.own.size=2"]) == {"a": {"size": 1, "id": 7}, "b": {"own": {"size": 2, "id": 7}}}

@@ -37,7 +37,7 @@ BAD = {
     "no data": (["dataset.paths=[nowhere/*.bin]"], "data", "nowhere"),
     "another vocabulary": (["dataset.tokenizer.vocab_size=500"], "data", "512"),
     "a disk too small": (
-        ["model.block.feed_forward_moe.hidden_size=1000000000"],
+        ["model.block.feed_forward_moe.hidden_size=1000000", "model.block.feed_forward_moe.num_experts=1024"],
         "disk space",
         "checkpoints of",
     ),
