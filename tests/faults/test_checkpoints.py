@@ -186,7 +186,7 @@ def weights(checkpoint: Path) -> list[torch.Tensor]:
 
 def test_weights_that_are_not_finite_are_not_saved(unbroken, new_run):
     run = new_run()
-    assert run(inject("Poison", at=8)) not in (0, None)
+    assert run(inject("Poison", at=7)) not in (0, None)  # behind the save of step 8 it would be too late for that
     assert "step8 is not saved: weight" in run.log and run.steps() == ["step4"]
     assert run() == 0, run.log
     assert run.curve == unbroken.curve
@@ -194,7 +194,7 @@ def test_weights_that_are_not_finite_are_not_saved(unbroken, new_run):
 
 def test_a_checkpoint_that_holds_nan_is_passed_over(unbroken, new_run):
     run = new_run()
-    assert run("trainer.max_duration.value=8") == 0, run.log
+    assert run("trainer.hard_stop.value=8", "trainer.hard_stop.unit=steps") == 0, run.log
     _poison(run.folder / "step8")
     assert run() == 0, run.log
     assert "step8 is passed over: its weight" in run.log and "step4" in run.log
