@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spattn_olmoe import attention, build_pattern
+from spattn_olmoe import attention, build_pattern, trust
 from spattn_olmoe.patterns import VARIANTS, registry
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,13 +34,15 @@ def registry_copy(monkeypatch):
 
 @pytest.fixture
 def page_modules(tmp_path, monkeypatch, registry_copy):
-    """The page's files in an importable folder."""
+    """The page's files in an importable folder, trusted as ``--trust`` on a command line does."""
+    names = ("doubling_windows", "my_masks")
+    monkeypatch.setattr(trust, "_trusted", {*trust._trusted, *names})
     for path, block in code_blocks("adding_an_attention_type.md").items():
         (tmp_path / Path(path).name).write_text(block)
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     yield tmp_path
-    for name in ("doubling_windows", "my_masks"):
+    for name in names:
         sys.modules.pop(name, None)
 
 

@@ -10,7 +10,7 @@ from spattn_olmoe import attention
 from spattn_olmoe.kernels import cpu
 from spattn_olmoe.kernels.strips import stacks
 
-MASKS = ["spattention", "spattention+sharing", "gbhalf", "two_far_intervals"]
+MASKS = ["exclusive", "sharing", "gbhalf", "two_far_intervals"]
 CASES = [
     Case(T=300, N=300, H=6, G=3, B=3),
     Case(T=150, N=400, H=3, G=1, B=2, docs=(70, 30, 1, 120, 79)),
@@ -41,7 +41,7 @@ def test_the_result_does_not_depend_on_how_work_is_cut(monkeypatch, mask, case, 
 
 def test_as_many_scores_as_pairs_and_a_chunk_a_query():
     """At most one chunk more than the pairs for each query, whatever the length."""
-    for mask in ("spattention", "spattention+sharing", "sliding_window"):
+    for mask in ("exclusive", "sharing", "sliding_window"):
         for N in (1024, 4096, 16384):
             pattern = build(mask, 8, N)
             plan = stacks(pattern.table, ((0, 1, 0, N),), torch.float32, block=2**17, tokens=2**14)
@@ -63,7 +63,7 @@ def test_what_is_kept_for_the_backward_pass_is_linear_in_the_length(monkeypatch)
 
     q, k, v, _ = inputs(case, torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        out = attention(q, k, v, build("spattention+sharing", case.H, case.N), "cpu")
+        out = attention(q, k, v, build("sharing", case.H, case.N), "cpu")
     assert sum(kept) == 4 * q.numel() + case.T * case.H
     assert not any(out.grad_fn.kept)
 
@@ -81,7 +81,7 @@ def test_half_precision_is_rounded_once(mask, dtype):
 
 def test_large_scores_do_not_overflow():
     case = Case(T=200, N=200)
-    pattern = build("spattention+sharing", case.H, case.N)
+    pattern = build("sharing", case.H, case.N)
     q, k, v, w = inputs(case, torch.float32)
     out = attention(q * 100, k * 100, v, pattern, "cpu")
     expected = attention(q.double() * 100, k.double() * 100, v.double(), pattern, "reference")
@@ -91,7 +91,7 @@ def test_large_scores_do_not_overflow():
 
 def test_a_plan_is_made_once():
     case = Case(T=128, N=128)
-    pattern = build("spattention", case.H, case.N)
+    pattern = build("exclusive", case.H, case.N)
     with_gradients(case, pattern)
     before = stacks.cache_info().misses
     with_gradients(case, pattern)
