@@ -15,6 +15,7 @@ from rich.console import Console
 from benchmarks.tiny import BASE, ROOT, TINY, T, tiny
 from spattn_olmoe.model.flops import flops_per_token
 from spattn_olmoe.model.section import layer_patterns
+from spattn_olmoe.patterns.variants import variant_of
 from spattn_olmoe.settings import read
 from spattn_olmoe.train import load_experiment
 from spattn_olmoe.train.config import decode_experiment
@@ -295,7 +296,8 @@ def test_a_dry_run_says_what_the_run_costs(name):
     ):
         assert words in text
     assert ("Not read by this type: local_sharing" in in_one_line) == (pattern.name != "spattention")
-    assert re.search(rf"attention .* {pattern.name}\b", text) and len(text.splitlines()) <= 60
+    mask = variant_of(pattern.name, pattern.options).name
+    assert re.search(rf"attention .* {mask}\b", text) and len(text.splitlines()) <= 60
 
 
 def test_the_resolved_config_has_the_defaults_too():
@@ -312,7 +314,8 @@ def test_a_dry_runs_figures_are_those_of_the_mask(type_):
     for mask in masks:
         assert re.search(rf"\b{int(mask.sum()):,} of ", text)
         assert re.search(rf"\b{int((~mask.any(-1)).sum())} of {mask.shape[0] * T}\b", text)
-    assert re.search(rf"attention .* standard .* {type_}", text)
+    mask = variant_of(type_, config.attention).name
+    assert re.search(rf"attention .* dense .* {mask}", text)
 
 
 def test_a_dry_run_needs_no_data_and_writes_nothing(tmp_path, monkeypatch):
