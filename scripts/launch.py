@@ -16,19 +16,26 @@ def main() -> None:
     parser.add_argument("--cluster", required=True, help="a YAML file, see configs/cluster/")
     parser.add_argument("--config", required=True, help="a YAML file, see configs/")
     parser.add_argument("--types", help="attention types, separated by commas: a run for each")
+    parser.add_argument(
+        "--trust", action="append", default=[], metavar="NAME", help="as for train.py, here and in the jobs"
+    )
     parser.add_argument("--print", action="store_true", help="print the jobs; write and submit nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train.py")
     args = parser.parse_intermixed_args()
     with user_errors():
         quiet()
 
+        from spattn_olmoe import trust
         from spattn_olmoe.cluster import kubernetes, slurm
         from spattn_olmoe.cluster.launch import plan_runs
         from spattn_olmoe.cluster.profile import load_profile
 
+        for name in args.trust:
+            trust.trust(name)
         profile = load_profile(args.cluster)
         scheduler = {"slurm": slurm, "kubernetes": kubernetes}[profile.kind]
-        runs = plan_runs(profile, args.config, args.overrides, args.types.split(",") if args.types else [])
+        types = args.types.split(",") if args.types else []
+        runs = plan_runs(profile, args.config, args.overrides, types, trusted=args.trust)
         if args.print:
             for run in runs:
                 print(scheduler.job_script(profile, run))

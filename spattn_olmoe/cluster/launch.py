@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,8 +46,12 @@ class Run:
         return folder / file
 
 
-def plan_runs(profile: Profile, config: str, overrides: list[str], types: list[str]) -> list[Run]:
+def plan_runs(
+    profile: Profile, config: str, overrides: list[str], types: list[str], *, trusted: Sequence[str] = ()
+) -> list[Run]:
     """The runs of a command: one for each attention type, or the config's own.
+
+    :param trusted: what the jobs are told with ``--trust``.
 
     :raises ValueError: what cannot work on this cluster, in one line.
     """
@@ -55,14 +60,14 @@ def plan_runs(profile: Profile, config: str, overrides: list[str], types: list[s
             f"--types {','.join(types)} and {given[0]} both name the attention type: leave one of them out"
         )
     variants = [[*overrides, f"{TYPE}={name}"] for name in types] or [overrides]
-    runs = [plan_run(profile, config, variant) for variant in variants]
+    runs = [plan_run(profile, config, variant, trusted) for variant in variants]
     folders = [run.folder for run in runs]
     if doubled := next((folder for folder in folders if folders.count(folder) > 1), None):
         raise ValueError(f"trainer.save_folder={doubled} would be that of several runs: put ${{{TYPE}}} into it")
     return runs
 
 
-def plan_run(profile: Profile, config: str, overrides: list[str]) -> Run:
+def plan_run(profile: Profile, config: str, overrides: list[str], trusted: Sequence[str] = ()) -> Run:
     """One run, checked as far as the login node can: config, layout, data, memory of a GPU, save folder."""
     experiment = load_experiment(config, overrides)
     check(experiment)
@@ -75,7 +80,8 @@ def plan_run(profile: Profile, config: str, overrides: list[str]) -> Run:
         raise ValueError(f"trainer.save_folder={folder} is a URL: the launcher needs a folder that all nodes see")
     if Path(folder).exists() and profile.kind == "slurm":
         Lock(folder, patience=0).release()  # refuses what a running job writes
-    return Run(Path(folder).name, Path(folder), ["--config", os.path.relpath(config), *overrides], experiment)
+    arguments = ["--config", os.path.relpath(config), *(f"--trust={name}" for name in trusted), *overrides]
+    return Run(Path(folder).name, Path(folder), arguments, experiment)
 
 
 def check_memory(profile: Profile, config: ExperimentConfig) -> None:
