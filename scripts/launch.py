@@ -6,13 +6,11 @@ python scripts/launch.py --cluster ... --config ... --types spattention,standard
 
 from __future__ import annotations
 
-import argparse
-
-from spattn_olmoe.errors import quiet, user_errors
+from spattn_olmoe.errors import Parser, quiet, user_errors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--cluster", required=True, help="a YAML file, see configs/cluster/")
     parser.add_argument("--config", required=True, help="a YAML file, see configs/")
     parser.add_argument("--types", help="attention types, separated by commas: a run for each")

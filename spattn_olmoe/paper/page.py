@@ -22,6 +22,7 @@ import plotly.graph_objects as go
 from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
+from ..json_files import read_json
 from ..model.fingerprint import FILE_NAME
 from ..patterns import Pattern, build_pattern
 from ..patterns.variants import mask_name
@@ -136,15 +137,7 @@ class RunData:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}): restore it") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged (not a JSON object): restore it")
-    return found
+    return read_json(path, dict) if path.is_file() else None
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -205,7 +198,7 @@ def _is_held_out(key: str) -> bool:
 
 
 def _is_speed(key: str) -> bool:
-    return key in ("throughput/device/TPS", "throughput/device/tokens per second")
+    return key == "throughput/device/TPS"
 
 
 def _is_memory(key: str) -> bool:

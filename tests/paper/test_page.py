@@ -62,7 +62,7 @@ def test_what_is_no_run_is_one_line(tmp_path):
     with pytest.raises(ValueError, match="attention type is not known"):
         write([tmp_path], tmp_path / "page.html")
     (tmp_path / "attention.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match=r"attention\.json is damaged"):
+    with pytest.raises(ValueError, match=r"attention\.json: is nested more than 100 deep"):
         write([tmp_path], tmp_path / "page.html")
 
 
