@@ -57,8 +57,9 @@ class SafeCheckpointer(CheckpointerCallback):
     def post_train(self) -> None:
         if self.enabled and self.trainer.is_canceled and self.step > self._latest_checkpoint_step:
             self._save_checkpoint(save_async=False, ephemeral=True)
-        self._drop_those_after_signals()
         super().post_train()
+        self._drop_those_after_signals()
+        self._remove_old_checkpoints()  # OLMo-core does so with the next step, which a last save has none of
 
     def _drop_those_after_signals(self) -> None:
         """Schedule the temporary checkpoints of earlier runs for removal, which waits until the newest save is finished."""

@@ -54,7 +54,6 @@ def test_sigterm_in_the_dry_run_of_a_batch_ends_at_once(unbroken, new_run):
     assert run.steps() == [] and "Dry-run complete" not in run.log
 
 
-@pytest.mark.xfail(strict=True, reason="the checkpoint of an earlier signal is still there after the next one")
 def test_checkpoints_of_signals_do_not_pile_up(unbroken, new_run):
     run = new_run("trainer.callbacks.checkpointer.save_interval=100")
     for at in (2, 5, 7):
