@@ -165,7 +165,7 @@ def _attention(job: Job, pattern: Any, shape: tuple[int, ...], dtype: torch.dtyp
     """
     from benchmarks import contenders, timing
     from spattn_olmoe import attention
-    from spattn_olmoe.kernels import choose
+    from spattn_olmoe.kernels import Facts, choose
 
     B, N, H, G, D = shape
     q, k, v = (torch.randn(B, N, h, D, device=job.device, dtype=dtype, requires_grad=True) for h in (H, G, G))
@@ -176,7 +176,7 @@ def _attention(job: Job, pattern: Any, shape: tuple[int, ...], dtype: torch.dtyp
         dense, _ = contenders.dense("cuda", N, H)
         found = {name: dense[name] for name in ("sdpa flash", "sdpa cudnn", "ours dense")}
     else:
-        name = choose(job.device, pattern, N, False, dtype, D)
+        name = choose(Facts(job.device, pattern, N, dtype=dtype, head_dim=D))
         found = {name: lambda q, k, v: attention(q, k, v, pattern)}
     for name, attend in found.items():
 

@@ -3,7 +3,7 @@
     python scripts/benchmark.py tune --setting 8x16x4096 --head-dim 128 --pattern exclusive
 
 Prints one line a configuration, fastest first. What is fastest goes by hand into ``SHIPPED`` in
-``spattn_olmoe/kernels/triton/tile_sizes.py``, if it does not spill there (``python -m spattn_olmoe.kernels.triton.aot``).
+``spattn_olmoe/kernels/triton/tile_sizes.py``, if it does not spill there (``python scripts/benchmark.py compile_kernels``).
 """
 
 from __future__ import annotations

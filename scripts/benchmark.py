@@ -18,9 +18,10 @@ SUBCOMMANDS = {
     "soak": "a training run, killed at random moments: is the loss curve the same",
     "memory": "the planner's memory model against real allocations of training, layout by layout",
     "gpu": "everything that takes a GPU, one part after another, resumable",
-    "training": "training steps: standard attention against spattention",
+    "training": "training steps: dense attention against exclusive bands and local sharing",
     "evaluation": "scoring under lm-eval, ours against lm-eval's own model of transformers' OLMoE",
     "parallel": "every parallel layout against one rank: are losses and gradients the same",
+    "compile_kernels": "the fused kernels compiled for GPUs that are not here: registers, spills, shared memory",
     "tune": "tile configurations of the fused kernels on this GPU",
 }
 

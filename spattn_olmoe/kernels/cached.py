@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..patterns import Pattern
-from .fastest import triton_unsuitable
+from .dispatch import triton_unsuitable
 from .scale import positive_scale
 
 DECODE_QUERIES = 1
@@ -33,7 +33,7 @@ def cached_attention(
     :param start: position of the first query: an int, or a tensor, which is not waited for (and so not looked at: it
         must be in the cache), of no dimension or ``(B,)`` where every sequence has a length of its own.
     :param leftpad: padding tokens before each sequence, int ``(B,)``. They are attended by no one, and positions
-        count from behind them.
+        count from their end.
     :param impl: ``sdpa``: PyTorch's attention under a mask. ``triton``: a kernel that reads only the keys that a
         query's distances reach; no gradients. ``auto``: ``triton`` on CUDA for a single query, else ``sdpa``.
     :returns: ``(B, T, H, D)``; zeros for queries that have no key.
@@ -82,7 +82,7 @@ def _masked(
     if not isinstance(start, Tensor):
         k_BSGD, v_BSGD = k_BSGD[:, : start + T], v_BSGD[:, : start + T]
     B, S = k_BSGD.shape[:2]
-    # Positions count from behind the padding.
+    # Positions count from the end of the padding.
     k_start = 0 if leftpad is None else -leftpad.to(device)
     q_start = (start.to(device).flatten() if isinstance(start, Tensor) else start) + k_start
     i = _column(q_start) + torch.arange(T, device=device)[None, None, :, None]

@@ -12,13 +12,12 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..patterns import Pattern
+from .call import Call
 from .documents import document_spans
-from .reference import nothing, visible
+from .reference import nothing, sdpa, visible
 from .strips import Block, Span, Stack, Strips, stacks
 
 BLOCK = 2**17
@@ -31,29 +30,20 @@ KEPT = 2**24
 """Scores up to which the forward pass keeps its probabilities (64 MiB in float32): beyond, the backward makes them anew."""
 
 
-def run(
-    q_BTHD: Tensor,
-    k_BTGD: Tensor,
-    v_BTGD: Tensor,
-    pattern: Pattern,
-    *,
-    cu_doc_lens: Tensor | None,
-    scale: float,
-    head_offset: int,
-) -> Tensor:
+def run(call: Call) -> Tensor:
     """Attention and gradients, in float32 at least. Memory O(T * band), not O(T^2), for interval patterns."""
+    q_BTHD, k_BTGD, v_BTGD, pattern, cu_doc_lens, scale, head_offset = call
     B, T, H, D = q_BTHD.shape
     table = pattern.table
     if table is None:
-        mask = visible(pattern, q_BTHD, k_BTGD, cu_doc_lens, head_offset)
-        return _sdpa(q_BTHD, k_BTGD, v_BTGD, scale, attn_mask=mask)
+        return sdpa(call, attn_mask=visible(call))
     heads = table[head_offset : head_offset + H]
     # A mask of distances within documents is that mask on each document by itself.
     spans: tuple[Span, ...] = ((0, B, 0, T),)
     if cu_doc_lens is not None:
         spans = tuple((row, row + 1, start, stop) for row, start, stop in document_spans(cu_doc_lens, B, T))
     if all(lo == 0 and hi >= T for (lo, hi), _ in heads):
-        return _dense(q_BTHD, k_BTGD, v_BTGD, spans, scale)
+        return _dense(call, spans)
     exact = torch.promote_types(q_BTHD.dtype, torch.float32)
     plan = stacks(heads, spans, exact, block=BLOCK * torch.get_num_threads(), tokens=STACKED // D)
     if not plan:
@@ -63,20 +53,14 @@ def run(
     return _windows(q_BTHD, k, v, plan, scale, exact)
 
 
-def _sdpa(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, scale: float, **kwargs: Any) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
-    gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=gqa, **kwargs).transpose(1, 2)
-
-
-def _dense(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, spans: tuple[Span, ...], scale: float) -> Tensor:
+def _dense(call: Call, spans: tuple[Span, ...]) -> Tensor:
     """Causal attention within spans that follow each other row by row."""
     if len(spans) == 1:
-        return _sdpa(q_BTHD, k_BTGD, v_BTGD, scale, is_causal=True)
-    rows: list[list[Tensor]] = [[] for _ in q_BTHD]
+        return sdpa(call, is_causal=True)
+    rows: list[list[Tensor]] = [[] for _ in call.q_BTHD]
     for first, last, start, stop in spans:
-        q, k, v = (x[first:last, start:stop] for x in (q_BTHD, k_BTGD, v_BTGD))
-        rows[first].append(_sdpa(q, k, v, scale, is_causal=True))
+        q, k, v = (x[first:last, start:stop] for x in call[:3])
+        rows[first].append(sdpa(call._replace(q_BTHD=q, k_BTGD=k, v_BTGD=v), is_causal=True))
     return torch.cat([torch.cat(parts, dim=1) for parts in rows])
 
 

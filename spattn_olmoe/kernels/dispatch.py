@@ -1,48 +1,52 @@
-"""The one door to attention: it checks the call, chooses how to compute it, and says so once."""
+"""Attention: validates the call, picks an implementation, and logs the choice once."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..patterns import Pattern
+from ..patterns import Pattern, mask_name
 from . import cpu, flex, reference
+from .call import Call, Facts
 from .documents import check_cu_doc_lens
-from .fastest import cuda_capability, fastest, triton_unsuitable
 from .scale import positive_scale
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 
-def _sdpa(
-    q_BTHD: Tensor,
-    k_BTGD: Tensor,
-    v_BTGD: Tensor,
-    pattern: Pattern,
-    *,
-    cu_doc_lens: Tensor | None,
-    scale: float,
-    head_offset: int,
-) -> Tensor:
+
+def _constant(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Evaluate once for given arguments, when a graph is traced at the latest: it is no part of the graph."""
+    kept = functools.cache(function)
+
+    @functools.wraps(function)
+    def look_up(*args: object) -> Result:  # the compiler looks through a cache, and would trace what it wraps
+        return kept(*args)
+
+    look_up.cache_clear = kept.cache_clear  # type: ignore[attr-defined]
+    return torch.compiler.assume_constant_result(look_up)
+
+
+def _sdpa(call: Call) -> Tensor:
     """PyTorch's dense causal attention, whichever kernel it picks: flash or cuDNN on a GPU."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
-    gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa).transpose(1, 2)
+    return reference.sdpa(call, is_causal=True)
 
 
-def _triton(*args, **kwargs) -> Tensor:
+def _triton(call: Call) -> Tensor:
     """The fused kernels, which are imported when they are first needed."""
-    from . import triton as banded
+    from . import triton
 
-    return banded.run(*args, **kwargs)
+    return triton.run(call)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Call], Tensor]] = {
     "reference": reference.run,
     "cpu": cpu.run,
     "flex": flex.run,
@@ -71,7 +75,7 @@ def attention(
     :param v: values ``(B, T, G, D)``.
     :param pattern: what each head attends, over global heads.
     :param impl: ``auto`` chooses by device and pattern and logs its choice once; ``reference``, ``cpu``, ``flex``,
-        ``triton`` (distance intervals) or ``sdpa`` (dense only) is taken at its word and raises where it cannot serve
+        ``triton`` (distance intervals) or ``sdpa`` (dense only) is used as given, and raises where it does not support
         the call.
     :param cu_doc_lens: cumulative document lengths over the rows laid end to end, int ``(documents + 1,)``, from 0 to
         ``B * T``: pairs in different documents do not attend each other.
@@ -86,79 +90,93 @@ def attention(
     if T == 0 or B == 0:
         return reference.nothing(q, k, v)
     pattern = pattern.at_length(T)
-    call = q.device.type, pattern, T, cu_doc_lens is not None, q.dtype, D
-    chosen = choose(*call) if impl == "auto" else impl
-    if chosen not in IMPLEMENTATIONS:
-        raise ValueError(f"attention.impl={impl!r} is unknown (known: auto, {', '.join(IMPLEMENTATIONS)})")
-    reason = unsuitable(chosen, *call)
-    if reason:
-        raise ValueError(f"attention.impl={chosen!r} {reason}")
-    q, scale = positive_scale(q, scale)
-    return IMPLEMENTATIONS[chosen](q, k, v, pattern, cu_doc_lens=cu_doc_lens, scale=scale, head_offset=head_offset)
-
-
-def choose(
-    device_type: str,
-    pattern: Pattern,
-    T: int,
-    documents: bool,
-    dtype: torch.dtype = torch.bfloat16,
-    head_dim: int = 128,
-) -> str:
-    """The implementation that ``auto`` means for this device and pattern; logged the first time.
-
-    On CUDA it is the fastest by :mod:`.fastest`, or FlexAttention where that one cannot serve the call.
-    """
-    if device_type == "cpu":
-        impl = "cpu"
+    facts = Facts(q.device.type, pattern, T, cu_doc_lens is not None, q.dtype, D)
+    if impl == "auto":
+        impl = choose(facts)
     else:
-        impl = fastest(_kind(pattern, T, documents), cuda_capability())
-        if unsuitable(impl, device_type, pattern, T, documents, dtype, head_dim):
-            impl = "flex"
-    _say(pattern.name, device_type, impl)
+        _check_choice(impl, facts)
+    q, scale = positive_scale(q, scale)
+    return IMPLEMENTATIONS[impl](Call(q, k, v, pattern, cu_doc_lens, scale, head_offset))
+
+
+def choose(facts: Facts) -> str:
+    """The implementation that ``auto`` means, which supports the call; logged the first time.
+
+    On CUDA it is ``sdpa`` for a dense mask, ``triton`` for other distance intervals, and ``flex`` for any other mask and
+    where the fused kernels cannot run.
+    """
+    impl = "cpu" if facts.device == "cpu" else "sdpa" if facts.dense else "triton"
+    if unsuitable(impl, facts):
+        impl = "flex"
+    _log_choice(facts.pattern.name, tuple(facts.pattern.options.items()), facts.device, impl)
     return impl
 
 
-def unsuitable(
-    impl: str,
-    device_type: str,
-    pattern: Pattern,
-    T: int,
-    documents: bool,
-    dtype: torch.dtype = torch.bfloat16,
-    head_dim: int = 128,
-) -> str | None:
+def _check_choice(impl: str, facts: Facts) -> None:
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"attention.impl={impl!r} is unknown (known: auto, {', '.join(IMPLEMENTATIONS)})")
+    reason = unsuitable(impl, facts)
+    if reason:
+        raise ValueError(f"attention.impl={impl!r} {reason}")
+
+
+def unsuitable(impl: str, facts: Facts) -> str | None:
     """Why an implementation cannot serve a call, as the end of a sentence about it; None where it can."""
-    if impl == "cpu" and device_type != "cpu":
-        return f"computes on the CPU but q is on {device_type}: use impl='auto'"
-    if impl == "sdpa" and (documents or not _is_dense(pattern, T)):
-        return f"is dense causal attention without documents, not what {pattern.name!r} asks for here: use impl='auto'"
-    if impl == "triton" and pattern.table is None:
-        return f"computes distance intervals, which {pattern.name!r} is not made of: use impl='auto'"
+    name = facts.pattern.name
+    if impl == "cpu" and facts.device != "cpu":
+        return f"computes on the CPU but q is on {facts.device}: use impl='auto'"
+    if impl == "sdpa" and not facts.dense:
+        return f"is dense causal attention without documents, not what {name!r} asks for here: use impl='auto'"
+    if impl == "triton" and facts.pattern.table is None:
+        return f"computes distance intervals, which {name!r} is not made of: use impl='auto'"
     if impl == "triton":
-        return triton_unsuitable(device_type, dtype, head_dim)
+        return triton_unsuitable(facts.device, facts.dtype, facts.head_dim)
     return None
 
 
-def _kind(pattern: Pattern, T: int, documents: bool) -> str:
-    if pattern.table is None:
-        return "other"
-    return "dense" if _is_dense(pattern, T) and not documents else "intervals"
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TRITON_MAX_HEAD_DIM = 256
 
 
-def _is_dense(pattern: Pattern, T: int) -> bool:
-    table = pattern.table
-    return table is not None and all(head[0][0] == 0 and head[0][1] >= T for head in table)
+def triton_unsuitable(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the fused Triton kernels cannot serve tensors like these, as the end of a sentence; None where they can."""
+    missing = _triton_missing(device)
+    if missing:
+        return missing
+    if dtype not in TRITON_DTYPES:
+        return f"computes in bfloat16, float16 or float32, not {dtype}"
+    if device == "cpu" and dtype == torch.bfloat16:
+        return "cannot multiply bfloat16 in Triton's interpreter: use float16 or float32 there"
+    if head_dim > TRITON_MAX_HEAD_DIM:
+        return f"serves head_dim up to {TRITON_MAX_HEAD_DIM}, not {head_dim}: use impl='flex'"
+    return None
 
 
-@torch.compiler.assume_constant_result  # said while a graph is traced, and no part of it
-def _say(name: str, device_type: str, impl: str) -> None:
-    _say_once(name, device_type, impl)
+@_constant
+def _triton_missing(device: str) -> str | None:
+    """What this machine lacks to run the fused kernels on a kind of device."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package 'triton', which is not installed: pip install triton, or use impl='auto'"
+    if device == "cuda":
+        major, minor = _cuda_capability()
+        if (major, minor) < (8, 0):
+            return f"needs a GPU of compute capability 8.0 or later, not {major}.{minor}: use impl='flex'"
+        return None
+    from . import triton  # imports the package of that name
+
+    if device != "cpu" or not triton.is_interpreted():
+        return f"needs a CUDA GPU, but q is on {device}: use impl='auto'"
+    return None
 
 
-@functools.cache
-def _say_once(name: str, device_type: str, impl: str) -> None:
-    log.info("attention.impl=auto: %r is computed by %r on %s", name, impl, device_type)
+def _cuda_capability() -> tuple[int, int]:
+    """Of the current GPU. Where there is none to ask, as when a model is built for another machine, one that serves."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 0)
+
+
+@_constant
+def _log_choice(name: str, options: tuple[tuple[str, object], ...], device: str, impl: str) -> None:
+    log.info("attention.impl=auto: the mask %r is computed by %r on %s", mask_name(name, dict(options)), impl, device)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, head_offset: int) -> tuple[int, int, int, int]:

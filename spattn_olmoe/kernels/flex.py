@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..patterns import Pattern
 from ..patterns.base import MaskMod
+from .call import Call
 from .documents import document_starts
 
 BLOCK = 128
@@ -30,29 +31,20 @@ def _compiled() -> Callable[..., Tensor]:
 
 
 @torch.compiler.disable  # FlexAttention is compiled by itself, once; block masks are made outside of any graph
-def run(
-    q_BTHD: Tensor,
-    k_BTGD: Tensor,
-    v_BTGD: Tensor,
-    pattern: Pattern,
-    *,
-    cu_doc_lens: Tensor | None,
-    scale: float,
-    head_offset: int,
-) -> Tensor:
+def run(call: Call) -> Tensor:
     """Attention under a block mask.
 
     :raises ValueError: gradients are asked for on a CPU.
     """
-    on_cpu = q_BTHD.device.type == "cpu"
-    if on_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHD, k_BTGD, v_BTGD)):
+    on_cpu = call.q_BTHD.device.type == "cpu"
+    if on_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in call[:3]):
         raise ValueError("attention.impl='flex' has no backward pass on a CPU: use impl='cpu' or 'reference'")
-    mask = mask_of_call(pattern, q_BTHD, k_BTGD, head_offset, cu_doc_lens)
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
+    mask = mask_of_call(call.pattern, call.q_BTHD, call.k_BTGD, call.head_offset, call.cu_doc_lens)
+    q, k, v = (x.transpose(1, 2) for x in call[:3])
     if on_cpu:  # it refuses inputs that require gradients even under no_grad
         q, k, v = q.detach(), k.detach(), v.detach()
     attend: Any = flex_attention if on_cpu else _compiled()
-    out = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    out = attend(q, k, v, block_mask=mask, scale=call.scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
 
 

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..patterns import Pattern
+from .call import Call
 from .documents import document_starts
 
 
-def run(
-    q_BTHD: Tensor,
-    k_BTGD: Tensor,
-    v_BTGD: Tensor,
-    pattern: Pattern,
-    *,
-    cu_doc_lens: Tensor | None,
-    scale: float,
-    head_offset: int,
-) -> Tensor:
+def run(call: Call) -> Tensor:
     """Attention over the whole ``(B, H, T, T)`` score matrix. O(T^2) memory: for tests and small inputs."""
-    mask = visible(pattern, q_BTHD, k_BTGD, cu_doc_lens, head_offset)
-    return masked_attention(q_BTHD, k_BTGD, v_BTGD, mask, scale)
+    return masked_attention(*call[:3], visible(call), call.scale)
 
 
-def visible(pattern: Pattern, q_BTHD: Tensor, k_BTGD: Tensor, cu_doc_lens: Tensor | None, head_offset: int) -> Tensor:
-    """The mask of q's heads, from ``head_offset`` on, documents included: bool ``(1, H, T, T)``.
+def visible(call: Call) -> Tensor:
+    """The mask of a call, documents included: bool ``(1, H, T, T)``.
 
     ``(B, H, T, T)`` where rows of the batch differ: with documents, or under a pattern that follows the content.
     """
+    q_BTHD, k_BTGD, _, pattern, cu_doc_lens, _, head_offset = call
     B, T, H, _ = q_BTHD.shape
     position = torch.arange(T, device=q_BTHD.device)
     start = None if cu_doc_lens is None else document_starts(cu_doc_lens, B, T)
@@ -53,6 +47,13 @@ def masked_attention(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Tenso
     scores = scores.masked_fill(~mask, float("-inf")).masked_fill(dead, 0.0)
     weights = torch.softmax(scores, dim=-1).masked_fill(~mask, 0.0)
     return torch.einsum("bhts,bshd->bthd", weights, v).to(q_BTHD.dtype)
+
+
+def sdpa(call: Call, **kwargs: Any) -> Tensor:
+    """PyTorch's attention under a mask that its ``kwargs`` state, by whichever kernel it picks."""
+    q, k, v = (x.transpose(1, 2) for x in call[:3])
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, scale=call.scale, enable_gqa=gqa, **kwargs).transpose(1, 2)
 
 
 def nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..patterns.base import Interval
+from ..patterns.base import Interval, IntervalTable
 
 Span = tuple[int, int, int, int]
 """Rows ``first..last`` of the batch and tokens ``start..stop`` of them, which attend no others."""
@@ -82,7 +82,7 @@ def chunk_of(width: int) -> int:
 
 @functools.lru_cache(maxsize=128)
 def stacks(
-    heads: tuple[tuple[Interval, Interval], ...],
+    heads: IntervalTable,
     spans: tuple[Span, ...],
     dtype: torch.dtype,
     *,

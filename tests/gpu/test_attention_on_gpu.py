@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spattn_olmoe import attention
-from spattn_olmoe.kernels import cached_attention, choose
+from spattn_olmoe.kernels import Facts, cached_attention, choose
 from spattn_olmoe.patterns import available_variants, find_variant
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -85,7 +85,7 @@ def test_masks_without_intervals_through_flex_agree_with_the_reference(name, T, 
     pattern = build(name, 8, 1024)
     cu_doc_lens = torch.tensor([0, 50, 290, 2 * T], dtype=torch.int32, device="cuda") if with_documents else None
     xs, d_out = tensors(2, T, 8, 2, 64, torch.float32), torch.randn(2, T, 8, 64, device="cuda")
-    assert choose("cuda", pattern, T, with_documents) == "flex"
+    assert choose(Facts("cuda", pattern, T, with_documents)) == "flex"
     expected = with_gradients(lambda *x: attention(*x, pattern, "reference", cu_doc_lens), xs, d_out)
     assert_close(with_gradients(lambda *x: attention(*x, pattern, "auto", cu_doc_lens), xs, d_out), expected, 1e-3)
 
@@ -121,7 +121,7 @@ def test_compiles_to_one_graph():
 @pytest.mark.parametrize("name", MASKS[1:])
 def test_auto_chooses_the_kernels_on_a_gpu_that_can_run_them(name):
     expected = "triton" if torch.cuda.get_device_capability() >= (8, 0) else "flex"
-    assert choose("cuda", build(name, 8, 1024), 1024, False) == expected
+    assert choose(Facts("cuda", build(name, 8, 1024), 1024)) == expected
 
 
 def test_offsets_beyond_two_to_the_31_and_memory_that_grows_with_the_length_only():

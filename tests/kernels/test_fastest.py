@@ -9,13 +9,13 @@ import torch
 from attention_cases import build
 
 from spattn_olmoe import attention
-from spattn_olmoe.kernels import choose, fastest
+from spattn_olmoe.kernels import Facts, choose, dispatch
 from spattn_olmoe.kernels.dispatch import unsuitable
 
 
 @pytest.fixture
 def h200(monkeypatch):
-    monkeypatch.setattr(fastest, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(dispatch, "_cuda_capability", lambda: (9, 0))
 
 
 @pytest.mark.parametrize(
@@ -33,25 +33,19 @@ def h200(monkeypatch):
 )
 def test_auto_on_a_gpu(h200, mask, documents, dtype, head_dim, impl):
     pytest.importorskip("triton")
-    assert choose("cuda", build(mask, 4, 256), 256, documents, dtype, head_dim) == impl
-
-
-def test_a_measured_entry_goes_before_the_default(monkeypatch):
-    monkeypatch.setitem(fastest.MEASURED, (9, 0), {"intervals": "flex"})
-    assert fastest.fastest("intervals", (9, 0)) == "flex"
-    assert fastest.fastest("dense", (9, 0)) == fastest.fastest("dense", None) == "sdpa"
-    assert fastest.fastest("intervals", (8, 0)) == "triton"
+    assert choose(Facts("cuda", build(mask, 4, 256), 256, documents, dtype, head_dim)) == impl
 
 
 def test_an_old_gpu_is_refused(monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr(fastest, "_capability", lambda: (7, 5))
-    fastest._missing.cache_clear()
+    monkeypatch.setattr(dispatch, "_cuda_capability", lambda: (7, 5))
+    dispatch._triton_missing.cache_clear()
     try:
-        said = unsuitable("triton", "cuda", build("eball", 4, 256), 256, False)
-        assert choose("cuda", build("eball", 4, 256), 256, False) == "flex"
+        facts = Facts("cuda", build("eball", 4, 256), 256)
+        said = unsuitable("triton", facts)
+        assert choose(facts) == "flex"
     finally:
-        fastest._missing.cache_clear()
+        dispatch._triton_missing.cache_clear()
     assert said == "needs a GPU of compute capability 8.0 or later, not 7.5: use impl='flex'"
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
 from spattn_olmoe import attention, build_pattern
-from spattn_olmoe.kernels import cached_attention, flex
+from spattn_olmoe.kernels import Facts, cached_attention, flex
 from spattn_olmoe.kernels.dispatch import unsuitable
 from spattn_olmoe.patterns import lsh
 
@@ -158,7 +158,7 @@ def test_rotations_follow_the_order_of_heads():
 
 def test_a_cache_that_knows_where_every_sequence_is():
     case = Case(T=30, N=40, B=2, G=2)
-    pattern = build("reformer+lsh", 4, 40)
+    pattern = build("reformer_lsh", 4, 40)
     q, k, v, _ = inputs(case, requires_grad=False)
     expected = attention(q, k, v, pattern, "reference")
     at = torch.tensor([29, 17])
@@ -174,7 +174,7 @@ def test_there_is_no_mask_without_content():
         with pytest.raises(ValueError, match=r"depends on queries and keys, use bind\(q, k\)"):
             ask()
     assert pattern.intervals is None
-    assert "not made of" in unsuitable("triton", "cuda", pattern, 48, False)
+    assert "not made of" in unsuitable("triton", Facts("cuda", pattern, 48))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ RUNS = {  # capability, head_dims, and the rest of a command line; documents and
 def compile_ahead_of_time(capability, head_dims, options):
     """The reports of one run of the compiler, in a process of its own: this one may have Triton's interpreter on."""
     dims = [str(d) for d in head_dims]
-    command = [sys.executable, "-m", "spattn_olmoe.kernels.triton.aot", "--capability", str(capability)]
+    command = [sys.executable, "scripts/benchmark.py", "compile_kernels", "--capability", str(capability)]
     run = subprocess.run(
         [*command, "--head-dim", *dims, *options],
         env=os.environ | {"TRITON_INTERPRET": "0"},
@@ -42,7 +42,7 @@ def compile_ahead_of_time(capability, head_dims, options):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_shipped_configurations_do_not_spill_and_use_the_tensor_cores(run):
-    from spattn_olmoe.kernels.triton.aot import SHARED_LIMIT
+    from benchmarks.compile_kernels import SHARED_LIMIT
 
     capability, head_dims, options = RUNS[run]
     reports = compile_ahead_of_time(capability, head_dims, options)

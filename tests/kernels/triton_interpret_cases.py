@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from spattn_olmoe import attention, build_pattern
 from spattn_olmoe.kernels import cached_attention, reference
 from spattn_olmoe.kernels import triton as banded
+from spattn_olmoe.kernels.call import Call, Facts
 from spattn_olmoe.kernels.dispatch import unsuitable
 from spattn_olmoe.kernels.triton import ops
 from spattn_olmoe.kernels.triton import schedule as plan
@@ -391,7 +392,7 @@ def test_decoding_splits_a_long_cache_and_never_reads_a_key_out_of_its_intervals
 def test_decoding_is_what_attention_gives_for_the_last_row():
     pattern = build("sharing", 4, 128)
     q, k, v = tensors(2, 100, 4, 2, 32, requires_grad=False)
-    whole = reference.run(q, k, v, pattern, cu_doc_lens=None, scale=32**-0.5, head_offset=0)
+    whole = reference.run(Call(q, k, v, pattern, None, scale=32**-0.5, head_offset=0))
     last = cached_attention(q[:, -1:], k, v, pattern, start=torch.tensor(99), impl="triton")
     torch.testing.assert_close(last, whole[:, -1:], atol=1e-5, rtol=1e-5)
 
@@ -411,4 +412,4 @@ def test_refuses_what_it_cannot_compute():
         cached_attention(q[:, -1:], k, v, pattern, start=63, impl="triton")
     with pytest.raises(ValueError, match=r"start must have no dimension or be \(1\,\)"):
         cached_attention(q[:, -1:], k, v, pattern, start=torch.tensor([1, 2]))
-    assert unsuitable("triton", "cpu", pattern, 64, False, torch.float32, 32) is None
+    assert unsuitable("triton", Facts("cpu", pattern, 64, False, torch.float32, 32)) is None

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.tiny import HEADS, LAYERS, VOCAB, tiny
 from spattn_olmoe import build_pattern
 from spattn_olmoe.kernels import reference
+from spattn_olmoe.kernels.call import Call
 from spattn_olmoe.model.remedies import apply_remedies
 from spattn_olmoe.paper import heads
 from spattn_olmoe.paper.heads import DIVERSITIES, LayerHeads, measure_heads, summary
@@ -26,7 +27,7 @@ def dense(q: torch.Tensor, k: torch.Tensor, pattern, scale: float) -> np.ndarray
     """All attention weights ``(B, H, T, T)``, one row at a time; zeros where a row has no key."""
     B, T, H, _ = q.shape
     group = H // k.shape[2]
-    mask = reference.visible(pattern.at_length(T), q, k, None, 0).expand(B, H, T, T).numpy()
+    mask = reference.visible(Call(q, k, k, pattern.at_length(T), None, 1.0, 0)).expand(B, H, T, T).numpy()
     weights = np.zeros((B, H, T, T))
     for b, h, i in itertools.product(range(B), range(H), range(T)):
         keys = np.flatnonzero(mask[b, h, i])

@@ -8,30 +8,22 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...patterns import Pattern
+from ..call import Call
 from ..documents import document_bounds
 from .ops import banded_decode, banded_forward, is_interpreted
 
 __all__ = ["decode", "is_interpreted", "run"]
 
 
-def run(
-    q_BTHD: Tensor,
-    k_BTGD: Tensor,
-    v_BTGD: Tensor,
-    pattern: Pattern,
-    *,
-    cu_doc_lens: Tensor | None,
-    scale: float,
-    head_offset: int,
-) -> Tensor:
+def run(call: Call) -> Tensor:
     """Attention and gradients that visit only tiles in which the pattern has a pair. Memory O(T).
 
     float32 is multiplied exactly unless ``torch.set_float32_matmul_precision`` allows TF32.
     """
-    B, T, H, _ = q_BTHD.shape
-    doc_start, doc_end = (None, None) if cu_doc_lens is None else document_bounds(cu_doc_lens, B, T)
-    heads = local_intervals(pattern, head_offset, H)
-    return banded_forward(q_BTHD, k_BTGD, v_BTGD, heads, scale, doc_start, doc_end)[0]
+    B, T, H, _ = call.q_BTHD.shape
+    bounds = (None, None) if call.cu_doc_lens is None else document_bounds(call.cu_doc_lens, B, T)
+    heads = local_intervals(call.pattern, call.head_offset, H)
+    return banded_forward(*call[:3], heads, call.scale, *bounds)[0]
 
 
 def decode(
@@ -53,5 +45,5 @@ def decode(
 def local_intervals(pattern: Pattern, head_offset: int, H: int) -> list[int]:
     """``lo, hi, lo, hi`` of ``H`` heads from ``head_offset`` on, flat."""
     table = pattern.table
-    assert table is not None, "the front door sends only patterns that are intervals"
+    assert table is not None, "dispatch sends only patterns that are intervals"
     return [bound for head in table[head_offset : head_offset + H] for pair in head for bound in pair]

@@ -2,7 +2,7 @@
 
 Online softmax after FlashAttention-2 (Dao, arXiv 2307.08691), in base 2. One loop visits the tiles of both intervals and
 branches around the mask where a tile needs none: loads are pipelined through all of them, and a copy of the loop per
-interval, or for full tiles, would take registers that there are not.
+interval, or for full tiles, would need more registers than there are.
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..fastest import HeadIntervals
+from ...patterns.base import IntervalTable
 from .backward import dkdv_kernel, dq_kernel
 from .decode import decode_kernel, merge_kernel
 from .forward import forward_kernel
@@ -167,7 +167,7 @@ def _(q, k, v, start, leftpad, intervals, scale):
 
 MAX_SPLITS = 32
 KEYS_PER_SPLIT = 256
-"""Fewer keys than this are not worth a program of their own, and the merging."""
+"""Do not split below this many keys: merging would cost more than it saves."""
 
 
 def _splits(rows: int, keys: int, device: torch.device) -> int:
@@ -180,7 +180,7 @@ def _splits(rows: int, keys: int, device: torch.device) -> int:
     return 1 << max(wanted.bit_length() - 1, 0)
 
 
-def unflatten(intervals: Sequence[int]) -> HeadIntervals:
+def unflatten(intervals: Sequence[int]) -> IntervalTable:
     """``lo, hi, lo, hi`` of each head as pairs of intervals."""
     fours = (intervals[i : i + 4] for i in range(0, len(intervals), 4))
     return tuple(((a, b), (c, d)) for a, b, c, d in fours)

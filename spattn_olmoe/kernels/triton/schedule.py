@@ -16,10 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...patterns.base import Interval
-from ..fastest import HeadIntervals
+from ...patterns.base import Interval, IntervalTable
+from .tile_sizes import DEAD_TILES
 
-DEAD_TILES = 8  # what tiles.DEAD_TILES says to the kernels
 STRETCHES = 4
 """Stretches into which the tiles of unequal length of a head are cut. A plan has ``STRETCHES + 2`` slots a head."""
 _NEVER = 2**31 - 1
@@ -50,7 +49,7 @@ class _Slot(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def query_plan(heads: HeadIntervals, T: int, tile: int, device: torch.device) -> Plan:
+def query_plan(heads: IntervalTable, T: int, tile: int, device: torch.device) -> Plan:
     """Programs over query tiles. A head's first ``lo`` queries have no key, and its first ``hi`` fewer than the others."""
     n_tiles = -(-T // tile)
     slots = []
@@ -64,7 +63,7 @@ def query_plan(heads: HeadIntervals, T: int, tile: int, device: torch.device) ->
 
 
 @functools.lru_cache(maxsize=256)
-def key_plan(heads: HeadIntervals, group: int, T: int, tile: int, device: torch.device) -> Plan:
+def key_plan(heads: IntervalTable, group: int, T: int, tile: int, device: torch.device) -> Plan:
     """Programs over key tiles, per group of ``group`` query heads. The last ``lo`` keys have no query."""
     n_tiles = -(-T // tile)
     slots = []
@@ -84,7 +83,7 @@ def _cut(first: int, end: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=256)
-def interval_tensor(heads: HeadIntervals, device: torch.device) -> Tensor:
+def interval_tensor(heads: IntervalTable, device: torch.device) -> Tensor:
     """The intervals of the local heads, int32 ``(H, 2, 2)``, kept on the device."""
     return torch.tensor(heads, dtype=torch.int32, device=device)
 
@@ -104,7 +103,7 @@ def width(pair: tuple[Interval, Interval], T: int) -> int:
     return sum(max(min(hi, T) - lo, 0) for lo, hi in pair)
 
 
-def _plan(slots: list[_Slot], heads: HeadIntervals, device: torch.device) -> Plan:
+def _plan(slots: list[_Slot], heads: IntervalTable, device: torch.device) -> Plan:
     slots = sorted(slots, key=lambda slot: (slot.dead, -slot.longest))
     size = 1 << (len(slots) - 1).bit_length()
     ends, records, programs = [], [], 0

@@ -1,7 +1,7 @@
 """Tile sizes, warps and pipeline stages that are shipped, per kernel and GPU generation.
 
 Chosen by compiling ahead of time: large tiles that keep their registers and whose products stay asynchronous
-(``python -m spattn_olmoe.kernels.triton.aot`` prints registers, stack, shared memory and more of each). BM is the lever on
+(``python scripts/benchmark.py compile_kernels`` prints registers, stack, shared memory and more of each). BM is the lever on
 narrow bands: a tile visits ``W + BM`` keys for the ``W`` that a query attends.
 """
 
@@ -11,6 +11,9 @@ import functools
 from typing import NamedTuple
 
 import torch
+
+DEAD_TILES = 8
+"""Tiles that one program fills with zeros where nothing is attended."""
 
 
 class Config(NamedTuple):

@@ -11,11 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import tile_sizes
+
 RECORD = tl.constexpr(4)
 """Integers per slot of a plan: first program, head, first tile, end of tiles."""
 
-DEAD_TILES = tl.constexpr(8)
-"""Tiles that one program fills with zeros where nothing is attended."""
+DEAD_TILES = tl.constexpr(tile_sizes.DEAD_TILES)
 
 
 @triton.jit
@@ -63,8 +64,10 @@ def query_tiles(plan_ptr, head, index: tl.constexpr, first, last, doc_last, BM: 
 
 @triton.jit
 def at_least_one(tiles):
-    """Trips of a loop over tiles. A program without a tile makes one whose pairs the mask all forbids: in a loop that may
-    be skipped, the accumulators of its products would be set on another path too, for which ptxas waits after each."""
+    """Trips of a loop over tiles: always one at least, fully masked where there is nothing to do.
+
+    If the loop could be skipped, the accumulators would have a second definition, and ptxas would wait after every wgmma.
+    """
     return tl.maximum(tiles, 1)
 
 
@@ -90,7 +93,7 @@ def within_cache(intervals_ptr, head, index: tl.constexpr, position, pad, S):
 def columns_between(first, last, start, BLOCK: tl.constexpr):
     """Which columns ``start..start + BLOCK`` of a tile lie in ``first..last``, bounds that every row has of its own.
 
-    Both are comparisons with numbers of the tile's own; of one unsigned comparison LLVM makes bit fields.
+    Two comparisons with bounds of the tile: LLVM turns the single unsigned one into slower code for bit fields.
     """
     column = tl.arange(0, BLOCK)[None, :]
     return (column >= (first - start)[:, None]) & (column <= (last - start)[:, None])

@@ -1,6 +1,6 @@
-"""Compile the kernels ahead of time, on a machine without a GPU, and say what the assembler says of them.
+"""Compile the fused kernels ahead of time, on a machine without a GPU, and print what the assembler makes of them.
 
-    python -m spattn_olmoe.kernels.triton.aot --capability 80 90 100 --dtype bf16 --head-dim 64 128
+    python scripts/benchmark.py compile_kernels --capability 80 90 100 --dtype bf16 --head-dim 64 128
 
 prints one JSON object a line: registers, stack (bytes of spilled registers a thread), shared memory, tensor-core
 instructions, how many instructions a warp needs for a tile, and whether ptxas made each ``wgmma`` wait for the one before.
@@ -15,6 +15,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .backward import dkdv_kernel, dq_kernel
-from .decode import decode_kernel, merge_kernel
-from .forward import forward_kernel
-from .schedule import STRETCHES
-from .tile_sizes import Config, config, decode_config, generation, padded
+from spattn_olmoe.kernels.triton.backward import dkdv_kernel, dq_kernel
+from spattn_olmoe.kernels.triton.decode import decode_kernel, merge_kernel
+from spattn_olmoe.kernels.triton.forward import forward_kernel
+from spattn_olmoe.kernels.triton.schedule import STRETCHES
+from spattn_olmoe.kernels.triton.tile_sizes import Config, config, decode_config, generation, padded
 
 KERNELS = {
     "forward": forward_kernel,
@@ -131,7 +132,7 @@ def _machine_code(cubin: bytes) -> dict[str, Any]:
         usage, code = (_cuobjdump(what, file.name) for what in ("--dump-resource-usage", "--dump-sass"))
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
     if found is None:
-        raise RuntimeError(f"cuobjdump said nothing of registers: {usage!r}")
+        raise RuntimeError(f"cuobjdump printed no line of registers: {usage!r}")
     lines = re.findall(r"^ +/\*([0-9a-f]{4,})\*/ +(.*?);", code, flags=re.MULTILINE)
     instructions = [(int(address, 16), text) for address, text in lines]
     products = [at for at, text in instructions if re.search(r"\b(HGMMA|HMMA|UTCHMMA)\b", text)]
@@ -151,8 +152,7 @@ def _cuobjdump(what: str, file: str) -> str:
     return subprocess.run([str(tool), what, file], capture_output=True, text=True, check=True).stdout
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=["forward", "dq", "dkdv"])
     parser.add_argument("--capability", nargs="+", type=int, default=[90])
     parser.add_argument("--dtype", nargs="+", choices=_ELEMENT, default=["bf16"])
@@ -160,19 +160,17 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true", help="with documents")
     parser.add_argument("--group", type=int, default=1, help="query heads per key/value head")
     parser.add_argument("--config", nargs="+", type=int, help="BM BN WARPS STAGES, of one or several configurations")
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> int:
     numbers = args.config or []
+    if len(numbers) % 4:
+        raise ValueError(
+            f"--config {' '.join(map(str, numbers))}: each configuration is four numbers, BM BN WARPS STAGES"
+        )
     tiles: list[Config | None] = [Config(*numbers[i : i + 4]) for i in range(0, len(numbers), 4)] or [None]
-    for capability in args.capability:
-        for dtype in args.dtype:
-            for head_dim in args.head_dim:
-                for kernel in args.kernel:
-                    for tile in tiles:
-                        report = compile_kernel(
-                            kernel, capability, dtype, head_dim, docs=args.docs, group=args.group, tile=tile
-                        )
-                        print(json.dumps({key: value for key, value in report.items() if key != "ptx"}), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    for choice in product(args.capability, args.dtype, args.head_dim, args.kernel, tiles):
+        capability, dtype, head_dim, kernel, tile = choice
+        report = compile_kernel(kernel, capability, dtype, head_dim, docs=args.docs, group=args.group, tile=tile)
+        print(json.dumps({key: value for key, value in report.items() if key != "ptx"}), flush=True)
+    return 0

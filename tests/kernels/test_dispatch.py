@@ -1,16 +1,13 @@
-"""The door to attention: what it chooses, and what it says to a call that does not fit."""
+"""``attention``: what it chooses, and how it refuses a call that does not fit."""
 
 import logging
-import sys
 
 import pytest
 import torch
 from attention_cases import Case, build, inputs
 
 from spattn_olmoe import attention
-from spattn_olmoe.kernels import choose
-
-door = sys.modules[choose.__module__]  # the package exports the function under the module's name
+from spattn_olmoe.kernels import Facts, choose, dispatch
 
 PATTERN = build("exclusive", 4, 20)
 CASE = Case(T=20, N=20)
@@ -44,23 +41,24 @@ def test_the_example_call_is_good():
     ],
 )
 def test_auto_chooses_by_device_and_pattern(device, mask, documents, impl):
-    assert choose(device, build(mask, 4, 256), 256, documents) == impl
+    assert choose(Facts(device, build(mask, 4, 256), 256, documents)) == impl
 
 
-def test_auto_says_once_what_it_chose(caplog):
+def test_auto_logs_once_what_it_chose(caplog):
     logger = "spattn_olmoe.kernels.dispatch"
-    door._say_once.cache_clear()
+    dispatch._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger=logger):
         for _ in range(3):
             call()
         said = [r.getMessage() for r in caplog.records if r.name == logger]
-        assert said == ["attention.impl=auto: 'spattention' is computed by 'cpu' on cpu"]
-        call(build("eball", 4, 20))
-        assert len([r for r in caplog.records if r.name == logger]) == 2
+        assert said == ["attention.impl=auto: the mask 'exclusive' is computed by 'cpu' on cpu"]
+        call(build("sharing", 4, 20))
+        said = [r.getMessage() for r in caplog.records if r.name == logger]
+        assert said[1:] == ["attention.impl=auto: the mask 'sharing' is computed by 'cpu' on cpu"]
 
 
-def test_an_explicit_choice_is_not_talked_about(caplog):
-    door._say_once.cache_clear()
+def test_an_explicit_choice_is_not_logged(caplog):
+    dispatch._log_choice.cache_clear()
     with caplog.at_level(logging.INFO):
         call(impl="reference")
     assert not caplog.records
