@@ -124,6 +124,10 @@ class Run:
     def until_said(self, words: str, process: Any) -> None:
         self.until(lambda: self._output.exists() and words in self._output.read_text(errors="replace"), process)
 
+    def messages(self) -> str:
+        """OLMo-core's own lines, which go to a file of the run and not to the screen."""
+        return (self.folder / "train.log").read_text(errors="replace")
+
     @property
     def curve(self) -> dict[int, tuple[float, float]]:
         """Loss and gradient norm by step, as far as the run has written them."""

@@ -80,7 +80,7 @@ def test_killed_while_saving_and_again_at_the_same_step(unbroken, new_run, how):
 def test_sigterm_in_an_evaluation_lets_it_end_and_saves(unbroken, new_run, data):
     run = new_run(evaluation(data))
     assert run(inject("InEvaluation", at=6)) == 143, run.log
-    assert "Finished lm evals" in run.log
+    assert "Finished lm evals" in run.messages()
     assert run.steps() == ["step4", "step6"]
     assert run() == 0, run.log
     assert run.curve == unbroken.curve
@@ -91,7 +91,7 @@ def test_an_evaluation_that_raises_does_not_end_the_run(unbroken, new_run, data)
     assert run(inject("InEvaluation", at=6, error="true")) == 0, run.log
     assert run.log.count("evaluation failed; training goes on") == 1
     assert "ConnectionError: the evaluation's data is gone" in run.log
-    assert "Finished lm evals" in run.log  # the one at step 12
+    assert "Finished lm evals" in run.messages()  # the one at step 12
     assert run.curve == unbroken.curve
 
 

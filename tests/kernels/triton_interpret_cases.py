@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from shift_oracle import shifted_attention
 from torch.utils.checkpoint import checkpoint
 
-from spattn_olmoe import attention, build_pattern
+from spattn_olmoe import attention
 from spattn_olmoe.kernels import cached_attention, reference
 from spattn_olmoe.kernels import triton as banded
 from spattn_olmoe.kernels.call import Call, Facts
@@ -23,6 +23,7 @@ from spattn_olmoe.kernels.triton import ops
 from spattn_olmoe.kernels.triton import schedule as plan
 from spattn_olmoe.kernels.triton import tile_sizes as configs
 from spattn_olmoe.patterns import Pattern
+from spattn_olmoe.patterns.variants import find_variant
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,7 @@ class Fixed(Pattern):
 def build(name, H, N):
     if name == "fixed":
         return Fixed(n_heads=H, band_length=N)
-    name, _, sharing = name.partition("+")
-    return build_pattern(name, n_heads=H, band_length=N, **({"local_sharing": True} if sharing else {}))
+    return find_variant(name).build(H, N)
 
 
 @pytest.fixture(autouse=True)

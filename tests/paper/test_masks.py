@@ -1,5 +1,6 @@
 """Mask pictures: every pixel is the share of allowed pairs, and the command that draws them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -161,9 +162,9 @@ def script():
         ("--type sharing local_sharing=false", "attention.local_sharing=False is not 'sharing'"),
         ("--type eball local_sharing=true", "attention.local_sharing is not an option of type 'eball'"),
         ("--type eball --heads 9 --band-length 8", "n_heads=9 is more than the band length band_length=8"),
-        ("--type eball --heads 0", "attention.n_heads=0: must be a whole number of at least 1"),
+        ("--type eball --heads 0", "--heads 0: must lie between 1 and 512"),
         ("--type eball --heads two", "--heads: invalid int value: 'two'"),
-        ("--type eball --length 0", "--length 0: must be at least 1"),
+        ("--type eball --length 0", "--length 0: must lie between 1 and 1048576"),
         ("--type eball band", "'band' is no key=value"),
         ("--type spattention local_sharing=2", "attention.local_sharing=2: must be true or false"),
         ("--figure 3", "--figure: invalid choice"),
@@ -221,7 +222,9 @@ def test_a_checkpoint_is_drawn_as_it_was_trained(tmp_path, script, monkeypatch):
     (folder / "train").mkdir()
     (folder / "train" / "rank0.pt").touch()
     (folder / ".metadata.json").write_text('{"version": "3"}')
-    (folder / "config.json").write_text('{"dataset": {"sequence_length": 24}}')
+    tokenizer = {"vocab_size": 8, "eos_token_id": 0, "pad_token_id": 0, "identifier": None}
+    config = {"model": {}, "dataset": {"sequence_length": 24, "tokenizer": tokenizer}}
+    (folder / "config.json").write_text(json.dumps(config))
     shape = {**dict.fromkeys(_SHAPE, 4), "n_layers": len(layers)}
     (folder / "attention.json").write_text(Fingerprint(tuple(p.to_config() for p in layers), shape).to_json())
     drawn = []
