@@ -4,12 +4,13 @@
 ARG BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
 # hadolint ignore=DL3006
 FROM ${BASE}
+ARG PYTHON=python3.12
 
 # Triton compiles a small C file at run time, which takes a compiler and Python's headers. tini is the first process: it
 # passes signals on and buries the processes that torchrun's workers leave behind.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev python3.12 python3.12-dev python3.12-venv tini \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev ${PYTHON} ${PYTHON}-dev ${PYTHON}-venv tini \
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 10001 spattn \
     && useradd --uid 10001 --gid spattn --create-home spattn \
@@ -22,7 +23,7 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 # The packages change less often than the code: a layer of their own.
 COPY --chown=10001:10001 pyproject.toml constraints.txt README.md LICENSE ./
 COPY --chown=10001:10001 spattn_olmoe/__init__.py spattn_olmoe/__init__.py
-RUN python3.12 -m venv /opt/venv \
+RUN ${PYTHON} -m venv /opt/venv \
     && python -m pip install --no-cache-dir --constraint constraints.txt --editable ".[wandb,eval]"
 
 COPY --chown=10001:10001 spattn_olmoe spattn_olmoe

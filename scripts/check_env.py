@@ -6,7 +6,6 @@ torchrun --nnodes=2 --nproc_per_node=8 ... scripts/check_env.py --config configs
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -33,20 +32,21 @@ def main() -> int:
     with user_errors():
         quiet()
 
-        from spattn_olmoe.cluster import FAIL, OK, WARN, check_cluster
+        from spattn_olmoe.cluster import FAIL, OK, WARN, Findings, check_cluster
         from spattn_olmoe.train.config import load_experiment
 
         config = load_experiment(args.config, args.overrides)
-        found = check_cluster(config, args.min_bandwidth)
-    rows = found.rows
-    if os.environ.get("RANK", "0") == "0":
-        if args.failed_nodes is not None and found.failed_nodes:
-            args.failed_nodes.write_text("".join(f"{node}\n" for node in found.failed_nodes))
-        table = Table("check", "", "found", "remedy", title=config.name, min_width=100)
-        style = {OK: "green", WARN: "yellow", FAIL: "bold red"}
-        for row in rows:
-            table.add_row(row.name, f"[{style[row.status]}]{row.status}", row.found, row.remedy)
-        Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+        def report(found: Findings) -> None:
+            if args.failed_nodes is not None and found.failed_nodes:
+                args.failed_nodes.write_text("".join(f"{node}\n" for node in found.failed_nodes))
+            table = Table("check", "", "found", "remedy", title=config.name, min_width=100)
+            style = {OK: "green", WARN: "yellow", FAIL: "bold red"}
+            for row in found.rows:
+                table.add_row(row.name, f"[{style[row.status]}]{row.status}", row.found, row.remedy)
+            Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+        rows = check_cluster(config, args.min_bandwidth, report).rows
     return int(any(row.status == FAIL for row in rows))
 
 

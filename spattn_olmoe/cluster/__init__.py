@@ -3,13 +3,14 @@
 from ..train.layout import Layout
 from .memory import Memory, memory
 from .node import FAIL, OK, WARN, Row, check_node
-from .nodes import check_cluster, merge
+from .nodes import Findings, check_cluster, merge
 from .search import Plan, plan
 
 __all__ = [
     "FAIL",
     "OK",
     "WARN",
+    "Findings",
     "Layout",
     "Memory",
     "Plan",

@@ -35,7 +35,7 @@ def job_script(profile: Profile, run: Run) -> str:
     affinity["labelSelector"]["matchLabels"]["app"] = name
     (check,), (train,) = pod["initContainers"], pod["containers"]
     check.update(image=profile.image, args=[f"--gpus={profile.ranks}", *run.arguments])
-    train.update(image=profile.image, args=run.arguments, command=_command(train["command"], profile, name))
+    train.update(image=profile.image, args=run.arguments, command=_command(train["command"], profile))
     _fill(train, profile, run)
     return yaml.safe_dump(jobset, sort_keys=False)
 
@@ -45,12 +45,8 @@ def name_of(run: Run) -> str:
     return re.sub(r"[^a-z0-9]+", "-", run.name.lower()).strip("-")[:40].strip("-")
 
 
-def _command(command: list[str], profile: Profile, name: str) -> list[str]:
-    values = {
-        "--nnodes": profile.nodes,
-        "--nproc_per_node": profile.gpus_per_node,
-        "--master_addr": f"{name}-train-0-0.{name}",
-    }
+def _command(command: list[str], profile: Profile) -> list[str]:
+    values = {"--nnodes": profile.nodes, "--nproc_per_node": profile.gpus_per_node}
     return [f"{key}={values[key]}" if (key := item.split("=")[0]) in values else item for item in command]
 
 

@@ -6,6 +6,7 @@ import os
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -36,16 +37,23 @@ class Findings:
     """Machines with a failure of their own, where others have none: the job would run without them."""
 
 
-def check_cluster(config: ExperimentConfig, min_bandwidth: float = 0.0) -> Findings:
+def check_cluster(
+    config: ExperimentConfig, min_bandwidth: float = 0.0, report: Callable[[Findings], None] | None = None
+) -> Findings:
     """All checks, on every machine of a ``torchrun`` job, or on this one alone. Every rank gets all findings.
 
     :param min_bandwidth: a slower all-reduce between GPUs is a failure, in GB/s.
+    :param report: called by the first rank, and waited for by all: where one process ends with a failure, launchers end
+        the others.
     :raises DistStoreError, RuntimeError: the processes cannot reach each other at all.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if "RANK" not in os.environ:
         rows = check_node(config, ranks, 1) + fits(config, ranks, alone=True) + [all_reduce_here()]
-        return Findings(merge([("", rows)]), [])
+        found = Findings(merge([("", rows)]), [])
+        if report is not None:
+            report(found)
+        return found
     device = _device()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
@@ -55,7 +63,11 @@ def check_cluster(config: ExperimentConfig, min_bandwidth: float = 0.0) -> Findi
         dist.all_gather_object(gathered, (os.environ.get("SLURMD_NODENAME") or socket.gethostname(), own))
         by_host = [(host, rows) for host, rows in gathered if rows]
         rows = [*merge(by_host), *fits(config, ranks), all_reduce(device, min_bandwidth), clock_skew()]
-        return Findings(rows, failed_nodes(by_host))
+        found = Findings(rows, failed_nodes(by_host))
+        if report is not None and dist.get_rank() == 0:
+            report(found)
+        dist.barrier()
+        return found
     finally:
         dist.destroy_process_group()
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from olmo_core.distributed.utils import get_local_tensor, get_world_size
-from olmo_core.generate.generation_module import GenerationConfig, TransformerGenerationModule
 from olmo_core.nn.transformer import TransformerConfig
 from tokenizers import Tokenizer
 
@@ -23,6 +22,9 @@ from .fingerprint import FILE_NAME, Fingerprint
 from .remedies import apply_remedies
 from .section import layer_patterns, with_follows_input
 from .unpickling import reading
+
+if TYPE_CHECKING:
+    from olmo_core.generate.generation_module import TransformerGenerationModule
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -118,6 +120,9 @@ class Checkpoint:
         :raises ValueError: files of the checkpoint are missing or cut off, ask for code or hold NaN, or there is no such
             device.
         """
+        # Here, because it loads the compiler: seconds, which no training process needs.
+        from olmo_core.generate.generation_module import GenerationConfig, TransformerGenerationModule
+
         apply_remedies()
         tokenizer = self.config["dataset"]["tokenizer"]
         where = _device(device) if device else None

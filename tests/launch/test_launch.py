@@ -86,7 +86,7 @@ def test_the_manifest_of_kubernetes_holds_the_profile_and_the_run(
     validate.validate({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **job}, "1.29", strict=True)
     (train,) = job["spec"]["template"]["spec"]["containers"]
     assert train["resources"]["limits"] == {"memory": "512Gi", "nvidia.com/gpu": 2, "rdma/hca": 2}
-    assert "--master_addr=tiny-spattention-train-0-0.tiny-spattention" in train["command"]
+    assert "--nproc_per_node=2" in train["command"] and "--nnodes=1" in train["command"]
     assert {"name": "NCCL_IB_HCA", "value": "mlx5"} in train["env"]
     assert train["args"][0] == "--config" and train["args"][1].endswith(".yaml")
 

@@ -30,11 +30,11 @@ def test_pods_find_each_other():
     nodes = JOB["spec"]["completions"]
     assert JOB["spec"]["completionMode"] == "Indexed" and JOB["spec"]["parallelism"] == nodes
     assert f"--nnodes={nodes}" in TRAIN["command"]
-    name = JOBSET["metadata"]["name"]
     assert JOBSET["spec"]["network"]["enableDNSHostnames"]
-    assert (
-        f"--master_addr={name}-{REPLICATED['name']}-0-0.{name}" in TRAIN["command"]
-    )  # pod 0 of job 0, as JobSet names it
+    name = "$(SPATTN_JOB)"  # pod 0 of job 0, as JobSet names it
+    assert f"--master_addr={name}-{REPLICATED['name']}-0-0.{name}" in TRAIN["command"]
+    (job,) = [item["valueFrom"] for item in TRAIN["env"] if item["name"] == "SPATTN_JOB"]
+    assert job == {"fieldRef": {"fieldPath": "metadata.labels['jobset.sigs.k8s.io/jobset-name']"}}
     (rank,) = [item["valueFrom"] for item in TRAIN["env"] if item["name"] == "NODE_RANK"]
     assert rank == {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
     assert "--node_rank=$(NODE_RANK)" in TRAIN["command"]
@@ -117,6 +117,23 @@ def test_the_variant_for_infiniband_adds_its_devices():
     assert container["resources"]["limits"]["rdma/hca_shared_devices_a"] == gpus
     assert container["securityContext"]["capabilities"] == {"add": ["IPC_LOCK"], "drop": ["ALL"]}
     assert container["command"] == TRAIN["command"]
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_runs_side_by_side_share_neither_name_nor_folder():
+    out = subprocess.run(
+        ["kubectl", "kustomize", LAUNCH / "kubernetes_types"], capture_output=True, text=True, check=True
+    ).stdout
+    jobsets = list(yaml.safe_load_all(out))
+    assert [j["metadata"]["name"] for j in jobsets] == ["spattn-spattention", "spattn-standard"]
+    pods = [j["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"] for j in jobsets]
+    folders = set()
+    for pod in pods:
+        (check,), (train,) = pod["initContainers"], pod["containers"]
+        overrides = [item for item in train["args"] if not item.startswith("--")]
+        assert check["args"][-len(train["args"]) :] == train["args"]
+        folders.add(load_experiment(ROOT / "configs/1b7b_spattn.yaml", overrides).trainer.save_folder)
+    assert folders == {"runs/1b7b-spattention", "runs/1b7b-standard"}
 
 
 def test_the_first_process_passes_signals_on():

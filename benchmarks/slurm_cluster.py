@@ -1,7 +1,10 @@
 """A real Slurm cluster of several machines on this one: each has its own network, host name, processes, /etc/hosts and /dev/shm.
 
+    python -m benchmarks.slurm_cluster bash          # a shell on its login machine: sinfo, sbatch, squeue, scancel
+
 Needs root and Debian's slurm-wlm, munge and iproute2. Machines can be lost and switched on again. Everything ends with the
-process that started it, however that ends; what a killed one leaves of its networks, the next one removes.
+process that started it, however that ends; what a killed one leaves of its networks, the next one removes. Benchmarks and
+tests share it.
 """
 
 from __future__ import annotations
@@ -9,13 +12,17 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from spattn_olmoe.errors import Parser, user_errors
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare", "setpriv")
 PREFIX = "spattn"
@@ -37,7 +44,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
-SlurmdTimeout=20
+SlurmdTimeout=10
 SlurmctldTimeout=20
 KillWait=120
 MinJobAge=3600
@@ -50,7 +57,7 @@ GresTypes=gpu
 SlurmdParameters=config_overrides
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=node[1-{nodes}] NodeAddr=10.77.0.1[1-{nodes}] CPUs=64 RealMemory=2000 Gres=gpu:1 State=UNKNOWN
+NodeName=node[1-{nodes}] NodeAddr=10.77.0.1[1-{nodes}] CPUs=64 RealMemory=2000 Gres=gpu:2 State=UNKNOWN
 PartitionName=low Nodes=node[1-{nodes}] Default=YES MaxTime=2-0 DefMemPerCPU=10 PriorityTier=1 GraceTime=300 State=UP
 PartitionName=high Nodes=node[1-{nodes}] MaxTime=2-0 DefMemPerCPU=10 PriorityTier=10 PreemptMode=OFF State=UP
 """
@@ -74,8 +81,8 @@ def missing() -> str | None:
 class SlurmCluster:
     """Machines node1 to nodeN and a login machine, running. Use it in a ``with``.
 
-    Partition ``low`` (the default) is preempted by ``high``, with 300 seconds of grace. A machine has one GPU by name: a
-    character device, on which nothing computes.
+    Partition ``low`` (the default) is preempted by ``high``, with 300 seconds of grace. A machine has two GPUs by name:
+    character devices, on which nothing computes.
     """
 
     def __init__(self, nodes: int) -> None:
@@ -119,21 +126,36 @@ class SlurmCluster:
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done.stdout + ("" if check else done.stderr)
 
+    def commands(self, *names: str) -> Path:
+        """A folder for a ``PATH``: Slurm's commands, as the login machine runs them, for processes that are not on it."""
+        folder = self.folder / "bin"
+        folder.mkdir(exist_ok=True)
+        for name in names:
+            conf, inside = self.folder / "slurm.conf", shlex.join([*self._inside("login"), str(shutil.which(name))])
+            (folder / name).write_text(f'#!/bin/bash\nexport SLURM_CONF={conf}\nexec {inside} "$@"\n')
+            (folder / name).chmod(0o755)
+        return folder
+
     def job(self, job: str) -> dict[str, str]:
         """Slurm's record of a job."""
         return dict(re.findall(r"(\w[\w/:]*)=(\S+)", self.run("scontrol", "show", "job", job)))
 
     def start_now(self, job: str) -> None:
-        """Do not wait for the two minutes that Slurm holds a requeued job back."""
+        """Do not wait for the two minutes that Slurm holds a requeued job back, but until it has forgotten the last start:
+        in the same second its machines would refuse the job, which then fails."""
         self.wait(lambda: self.job(job)["JobState"] == "PENDING", f"job {job} to be requeued")
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now+3")
 
     def states(self) -> dict[str, str]:
         """The state of every machine."""
         out = self.run("sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %T", check=False)
         return dict(line.split() for line in out.splitlines() if len(line.split()) == 2)
 
-    def wait(self, true, what: str, seconds: float = 120) -> None:
+    def shell(self, command: list[str]) -> int:
+        """Run a command on the login machine with this process's own input and output; returns its exit status."""
+        return subprocess.run([*self._inside("login"), *command], env=self._env).returncode
+
+    def wait(self, true: Callable[[], bool], what: str, seconds: float = 120) -> None:
         """Wait until something is true."""
         deadline = time.monotonic() + seconds
         while not true():
@@ -141,6 +163,12 @@ class SlurmCluster:
             time.sleep(0.2)
 
     # ---- what happens to machines ------------------------------------------------------------------------------------
+
+    def configure(self, line: str) -> None:
+        """Add a line to ``slurm.conf``, for the controller."""
+        with (self.folder / "slurm.conf").open("a") as file:
+            file.write(f"{line}\n")
+        self.run("scontrol", "reconfigure")
 
     def lose(self, node: str) -> None:
         """End all processes of a machine at once."""
@@ -195,9 +223,12 @@ class SlurmCluster:
     def _write_config(self) -> None:
         self.folder.chmod(0o755)
         (self.folder / "state").mkdir()
-        os.mknod(self.folder / "gpu0", 0o20666, os.makedev(1, 3))
+        for i in range(2):
+            os.mknod(self.folder / f"gpu{i}", 0o20666, os.makedev(1, 3))
         (self.folder / "slurm.conf").write_text(CONFIG.format(folder=self.folder, nodes=len(self.nodes)))
-        (self.folder / "gres.conf").write_text(f"NodeName=node[1-{len(self.nodes)}] Name=gpu File={self.folder}/gpu0\n")
+        (self.folder / "gres.conf").write_text(
+            f"NodeName=node[1-{len(self.nodes)}] Name=gpu File={self.folder}/gpu[0-1]\n"
+        )
         hosts = [
             "127.0.0.1 localhost",
             "10.77.0.1 login",
@@ -254,3 +285,19 @@ def _kill(daemon: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(daemon.pid, signal.SIGKILL)
     daemon.wait()
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("command", nargs="+", help="put -- before one that has options of its own")
+    args = parser.parse_args()
+    with user_errors():
+        if reason := missing():
+            raise ValueError(f"no Slurm cluster here: {reason}")
+        with SlurmCluster(args.nodes) as cluster:
+            sys.exit(cluster.shell(args.command))
+
+
+if __name__ == "__main__":
+    main()
