@@ -60,7 +60,7 @@ def test_figures_of_the_masks_page():
     text = (DOCS / "masks.md").read_text()
     shapes = ((8, 1024), (16, 4096))
     for name in ("exclusive", "sharing"):
-        (row,) = [line for line in text.splitlines() if re.match(rf"\| `{name}` \| [\d.]+ %", line)]
+        (row,) = [line for line in text.splitlines() if re.match(rf"\| `{name}` \| [\d.]+ % \| [\d.]+ % \|$", line)]
         patterns = [VARIANTS[name].build(H, N) for H, N in shapes]
         dense = [VARIANTS["dense"].build(H, N).attended_pairs() for H, N in shapes]
         assert percents(row) == [f"{100 * p.attended_pairs() / n:.1f} %" for p, n in zip(patterns, dense, strict=True)]
@@ -69,6 +69,19 @@ def test_figures_of_the_masks_page():
         for name in ("eball", "exclusive", "gbhalf"):
             p = VARIANTS[name].build(H, N)
             assert percents(row) == [f"{100 * p.dead_rows(T) / (H * T):.1f} %" for T in (100, 256, 512, N)]
+
+
+def test_figures_of_bands_of_equal_area():
+    _, _, text = (DOCS / "masks.md").read_text().partition("## Bands of equal area")
+    for name in ("exclusive", "equal_area", "sharing", "equal_area_sharing"):
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+        expected = []
+        for H, N in ((8, 1024), (16, 4096)):
+            pattern, dense = VARIANTS[name].build(H, N), VARIANTS["dense"].build(H, N).attended_pairs()
+            pairs = pattern.attended_pairs_per_head()
+            dead = f"{100 * pattern.dead_rows() / (H * N):.1f} %" if pattern.dead_rows() else "0"
+            expected += [f"{100 * sum(pairs) / dense:.1f} %", f"{max(pairs) / (sum(pairs) / H):.2f}", dead]
+        assert row.strip("| ").split(" | ")[1:] == expected
 
 
 def test_links_and_pictures_of_the_pages_exist():

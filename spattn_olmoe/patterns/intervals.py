@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Interval, Pattern
+from .base import Interval, IntervalTable, Pattern
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,17 @@ class IntervalPattern(Pattern):
         """
 
     def allows(self, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        d = q_idx - kv_idx
         table = self.natural_table
         assert table is not None  # head_intervals is stated
-        allowed = _within([first for first, _ in table], h, d)
-        if any(hi > lo for _, (lo, hi) in table):
-            allowed = allowed | _within([second for _, second in table], h, d)
-        return allowed
+        return in_table(table, h, q_idx - kv_idx)
+
+
+def in_table(table: IntervalTable, h: Tensor, d: Tensor) -> Tensor:
+    """Whether the distance ``d >= 0`` lies in one of the two intervals of head ``h``."""
+    allowed = _within([first for first, _ in table], h, d)
+    if any(hi > lo for _, (lo, hi) in table):
+        allowed = allowed | _within([second for _, second in table], h, d)
+    return allowed
 
 
 def _within(intervals: list[Interval], h: Tensor, d: Tensor) -> Tensor:

@@ -51,6 +51,12 @@ VARIANTS: dict[str, Variant] = {
         Variant("sliding_window", "sliding_window", {}, "Sliding window"),
         Variant("eball", "eball", {}, "EBALL"),
         Variant("gbhalf", "gbhalf", {}, "GBHALF"),
+        Variant("equal_area", "equal_area", {"local_sharing": False}, "Bands of equal area"),
+        Variant("equal_area_sharing", "equal_area", {"local_sharing": True}, "Bands of equal area, local sharing"),
+        Variant(
+            "exclusive_sinks", "spattention_sinks", {"local_sharing": False}, "SPAttention, exclusive bands, sinks"
+        ),
+        Variant("sharing_sinks", "spattention_sinks", {"local_sharing": True}, "SPAttention, local sharing, sinks"),
         Variant("longformer", "longformer", {}, "Longformer"),
         Variant("bigbird", "bigbird", {}, "BigBird, a stride for its links"),
         Variant("bigbird_seeded", "bigbird", {"random_links": "seeded"}, "BigBird, random links"),
@@ -60,7 +66,8 @@ VARIANTS: dict[str, Variant] = {
 }
 """The masks of this package, in the order of the documentation.
 
-``exclusive`` is the paper's Eq. 4, ``sharing`` the mask of its released code and its tables. ``bigbird`` and ``reformer``
+``exclusive`` is the paper's Eq. 4, ``sharing`` the mask of its released code and its tables. Bands of equal area and sinks
+are not in the paper. ``bigbird`` and ``reformer``
 are the released code's stand-ins, ``bigbird_seeded`` and ``reformer_lsh`` the methods themselves.
 """
 

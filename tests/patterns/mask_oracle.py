@@ -53,6 +53,28 @@ def _gbhalf(H, N, h, i, j):
     return i - j in own[: len(own) // 2]
 
 
+@functools.cache
+def equal_area_bands(H, N, start):
+    """Distances start..N-1 dealt to the heads: a band ends where the pairs up to there are nearest to the share due.
+
+    By trying all ends, where the package takes a root. Of two ends that are equally near, the smaller.
+    """
+    pairs = [0]  # of the distances start..start+n-1, a distance d having N - d of them
+    for d in range(start, N):
+        pairs.append(pairs[-1] + N - d)
+    ends = [min(range(len(pairs)), key=lambda n: abs(pairs[n] * H - pairs[-1] * h)) for h in range(H + 1)]
+    return [set(range(start + ends[h], start + ends[h + 1])) for h in range(H)]
+
+
+def _equal_area(H, N, h, i, j):
+    return i - j in equal_area_bands(H, N, 0)[h]
+
+
+def _equal_area_sharing(H, N, h, i, j):
+    window = N // H
+    return i - j <= window or i - j in equal_area_bands(H, N, window + 1)[h]
+
+
 def _longformer(H, N, h, i, j):
     if N <= 4:
         return True
@@ -116,6 +138,10 @@ _RULES = {
     "sliding_window": _sliding_window,
     "eball": _exclusive,
     "gbhalf": _gbhalf,
+    "equal_area": _equal_area,
+    "equal_area_sharing": _equal_area_sharing,
+    "exclusive_sinks": lambda H, N, h, i, j: j < 4 or _exclusive(H, N, h, i, j),
+    "sharing_sinks": lambda H, N, h, i, j: j < 4 or _sharing(H, N, h, i, j),
     "longformer": _longformer,
     "bigbird": _bigbird,
     "bigbird_seeded": _bigbird_seeded,

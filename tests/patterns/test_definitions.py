@@ -7,7 +7,7 @@ import torch
 from mask_oracle import DEFINED, MASKS, WITH_INTERVALS, allowed, allowed_keys, build
 from torch.nn.attention.flex_attention import create_mask
 
-from spattn_olmoe.patterns import VARIANTS, Pattern
+from spattn_olmoe.patterns import VARIANTS, Pattern, build_pattern
 
 #         H, N, T
 SHAPES = [
@@ -140,7 +140,20 @@ def test_dead_rows_of_a_long_input_build_no_mask(mask, monkeypatch):
     N, H = 131072, 16
     starts_of_bands = sum(h * (N // H) for h in range(H))
     expected = starts_of_bands if mask in ("exclusive", "eball", "gbhalf") else 0
+    if mask == "equal_area":  # each edge is the whole number nearest to where the share of the pairs is due
+        assert abs(build(mask, H, N).dead_rows() - sum(N * (1 - (1 - h / H) ** 0.5) for h in range(H))) < H
+        return
     assert build(mask, H, N).dead_rows() == expected
+
+
+def test_bands_of_equal_area_have_as_many_pairs_and_cover_every_distance():
+    for N, H, sharing in ((1024, 8, False), (4096, 16, True), (131072, 16, False)):
+        pattern = build_pattern("equal_area", H, N, local_sharing=sharing)
+        pairs = pattern.attended_pairs_per_head()
+        assert max(pairs) - min(pairs) <= N  # one distance occurs at most N times
+        edges = sorted(interval for head in pattern.intervals.tolist() for interval in head if interval != [0, 0])
+        assert edges[0][0] == 0 and max(hi for _, hi in edges) == N
+        assert sum(hi - lo for head in pattern.intervals.tolist() for lo, hi in head) >= N
 
 
 @pytest.mark.parametrize(("H", "N"), [(2, 5), (8, 24), (5, 129), (8, 1024)])

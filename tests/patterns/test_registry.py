@@ -119,10 +119,10 @@ def test_band_length_train_keeps_and_input_follows():
 # ---- names -------------------------------------------------------------------------------------------------------
 
 
-def test_the_eight_types_are_there():
+def test_the_types_of_this_package_are_there():
     assert set(TYPES) <= set(available_patterns())
     assert list(available_patterns()) == sorted(available_patterns())
-    assert len(TYPES) == 8
+    assert len(TYPES) == 10
     assert all(pattern_class(name).name == name for name in TYPES)
 
 

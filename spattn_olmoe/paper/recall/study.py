@@ -52,6 +52,8 @@ VARIANTS = (
     "eball",
     "gbhalf",
     "sliding_window",
+    "equal_area_sharing",
+    "sharing_sinks",
     "sharing/dense_last",
 )
 """What is compared unless asked otherwise: named masks, and after a slash which layers stay dense."""
