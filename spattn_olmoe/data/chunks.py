@@ -45,7 +45,7 @@ class Chunk:
     """Number of the first document, from 1."""
     end: Position
     rejects: tuple[Reject, ...] = ()
-    """What the reader itself found wrong in front of ``end``."""
+    """What the reader itself found wrong before ``end``."""
     share: float = 0.0
     """How much of the file is read, from 0 to 1."""
 

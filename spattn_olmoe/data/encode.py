@@ -36,7 +36,7 @@ class Settings:
 
 @dataclass
 class Encoded:
-    """A chunk's documents, split by split: ids laid end to end, an EOS behind each document."""
+    """A chunk's documents, split by split: ids laid end to end, an EOS after each document."""
 
     tokens: dict[str, Tokens]
     lengths: dict[str, np.ndarray]

@@ -14,7 +14,7 @@ _WINDOW = 1 << 22
 
 
 def document(manifest: Manifest, split: str, number: int) -> np.ndarray:
-    """The ids of one document, without the EOS behind it.
+    """The ids of one document, without the EOS after it.
 
     :param number: counted from 0 over the split's shards, in order.
     :raises ValueError: the split has no such document.

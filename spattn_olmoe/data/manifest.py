@@ -67,7 +67,7 @@ class TokenizerRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``manifest.json`` says. Paths in it are relative to ``directory``."""
+    """The contents of ``manifest.json``. Paths in it are relative to ``directory``."""
 
     directory: Path
     tokenizer: TokenizerRecord
@@ -169,7 +169,7 @@ def verify(
     """Read the manifest and refuse shards that do not match it, or that do not match what a run expects.
 
     :param vocab_size: the tokenizer's number of ids (``dataset.tokenizer.vocab_size``, not the model's padded one).
-    :param eos_token_id: the id behind each document.
+    :param eos_token_id: the id after each document.
     :param dtype: ``uint16`` or ``uint32``.
     :param sequence_length: the run's; the training split must hold at least one sequence in one shard.
     :param hashes: read every byte: compare each shard's SHA-256 and look at every id. Without it sizes are compared

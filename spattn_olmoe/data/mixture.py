@@ -24,7 +24,7 @@ class Mixture:
         """All chunks below index ``_n_seen``: what a choice may look at."""
         self._n_seen = 0
         self._kept = _Totals(state["tokens"], state["chunks"])
-        """All chunks in front of the log."""
+        """All chunks before the log: those that no state can need any more."""
         self._log: deque[tuple[int, int | None]] = deque((source, tokens) for source, tokens in state["recent"])
         """Chunks from index ``_begin`` on: their source, and their tokens once :meth:`counted`."""
         self._begin = 0
@@ -57,7 +57,7 @@ class Mixture:
         self._n_counted += 1
 
     def state(self) -> dict[str, Any]:
-        """What a later run needs to choose as this one would have behind the last counted chunk."""
+        """What a later run needs to choose as this one would have after the last counted chunk."""
         recent = list(self._log)[: self._n_counted - self._begin]
         older = _Totals(self._kept.tokens, self._kept.chunks)
         while len(recent) > LAG - 1:
@@ -70,7 +70,7 @@ class Mixture:
             self._seen.add(source, tokens)
             self._n_drawn[source] -= 1
             self._n_seen += 1
-        # the oldest that a state may need is LAG - 1 in front of the last counted one
+        # the oldest that a state may need is LAG - 1 before the last counted one
         while self._begin < self._n_counted - 2 * LAG:
             self._kept.add(*self._log.popleft())
             self._begin += 1

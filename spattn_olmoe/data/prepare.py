@@ -2,7 +2,7 @@
 
 Reading order, and with it every byte written, depends on the options alone: not on the number of workers, on timing, or
 on how often the run was killed. Progress is written down every few seconds, after the bytes it speaks of are on the
-disk; a run that starts again cuts the shards back to that point and goes on.
+disk; a run that starts again cuts the shards back to that point and resumes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def prepare(config: DataConfig, report: Report | None = None) -> Manifest:
 
     :param report: called after every chunk, for a progress bar.
     :returns: the manifest; at once where the corpus is complete already.
-    :raises ValueError: whatever the user can mend, in one line. What was finished stays valid.
+    :raises ValueError: whatever the user can correct, in one line. What was finished stays valid.
     """
     check(config)
     try:
@@ -136,7 +136,7 @@ class _Run:
             try:
                 self.rejects.close()
             except OSError:
-                log.debug("rejects.jsonl: what was not written lies behind the checkpoint")
+                log.debug("rejects.jsonl: what was not written comes after the checkpoint")
 
     def _work(self) -> None:
         n_workers = self.plan.config.workers or len(os.sched_getaffinity(0))
@@ -205,7 +205,7 @@ class _Run:
         self._judge_rejects()
 
     def _cut_to_limit(self, encoded: Encoded) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Drop training documents behind the one that reaches ``max_tokens``."""
+        """Drop training documents after the one that reaches ``max_tokens``."""
         lengths, tokens, left = dict(encoded.lengths), dict(encoded.tokens), self._tokens_left()
         if left is not None and left < len(tokens["train"]):
             documents = int(np.searchsorted(np.cumsum(lengths["train"]), left)) + 1
@@ -233,7 +233,7 @@ class _Run:
         raise ValueError(
             f"max_reject_share={limit}: {p.rejects} of {p.documents + p.rejects} documents were rejected "
             f"({p.reject_share:.1%}), the last in {last['file']}:{last['number']} ({last['reason']}); look at "
-            f"{self.plan.folder / REJECTS}, mend the sources or raise max_reject_share"
+            f"{self.plan.folder / REJECTS}, correct the sources or raise max_reject_share"
         )
 
     def _share_done(self) -> float | None:

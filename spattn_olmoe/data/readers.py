@@ -85,7 +85,7 @@ class Delimiter:
         return sum(1 for _ in self._find.finditer(data))
 
     def split(self, data: bytes) -> list[bytes]:
-        """What stands before, between and behind them."""
+        """What stands before, between and after them."""
         return self._find.split(data)
 
 
@@ -142,7 +142,7 @@ def _skip_document(
 
 
 def _chunk_end(buffer: bytearray, delimiter: Delimiter, longest: int) -> int | None:
-    """Where the chunk at the buffer's start ends: behind the first delimiter that makes it large enough."""
+    """Where the chunk at the buffer's start ends: after the first delimiter that makes it large enough."""
     return delimiter.end(buffer, max(0, CHUNK_BYTES - delimiter.longest), CHUNK_BYTES + longest + delimiter.longest)
 
 
@@ -190,7 +190,7 @@ def _whole(path: Path, name: str, start: Position, max_document_bytes: int) -> I
 def byte_chunks(path: Path, start: int) -> Iterator[tuple[bytes, float]]:
     """A file's decompressed bytes from ``start`` on, each with the share of the file read so far.
 
-    :raises BrokenFileError: truncated or corrupt compression, after everything in front of it was yielded.
+    :raises BrokenFileError: truncated or corrupt compression, after everything before it was yielded.
     """
     size, total = max(1, path.stat().st_size), 0
     with open(path, "rb") as file:
@@ -307,7 +307,7 @@ def cells(column: pa.Array | pa.ChunkedArray, field: str) -> list[bytes | None]:
 def group_rows(
     rows: Iterable[tuple[bytes | None, float]], name: str, start: Position, kind: str = "rows"
 ) -> Iterator[Chunk]:
-    """Cells of a table, gathered to chunks; a table that breaks is a reject behind what could be read of it."""
+    """Cells of a table, gathered to chunks; a table that breaks is a reject after what could be read of it."""
     gathered: list[bytes | None] = []
     size, position, share = 0, start, 0.0
     source, broken = iter(rows), None

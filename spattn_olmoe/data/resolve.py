@@ -52,7 +52,7 @@ class Plan:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the shards' bytes depend on. A run goes on from an earlier one's work only where these agree."""
+        """What the shards' bytes depend on. A run resumes an earlier one's work only where these agree."""
         c = self.config
         return {
             "tokenizer": {

@@ -83,7 +83,7 @@ class LocalSource:
         try:
             yield from read_file(path, self.files[index].name, start, **self._options)  # type: ignore[arg-type]
         except OSError as error:
-            raise ValueError(f"{path}: {error.strerror or error}; mend it and run the same command again") from error
+            raise ValueError(f"{path}: {error.strerror or error}; correct it and run the same command again") from error
 
 
 def _expand(patterns: list[str], key: str) -> list[Path]:

@@ -96,7 +96,7 @@ class ShardWriter:
         """Let go of the file without finishing it."""
         if self._file is not None:
             file, self._file = self._file, None
-            with contextlib.suppress(OSError):  # a full disk: what is lost lies behind the checkpoint
+            with contextlib.suppress(OSError):  # a full disk: what is lost comes after the checkpoint
                 file.close()
 
     def _name(self, index: int) -> str:
