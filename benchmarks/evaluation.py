@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 def questions(tasks: list[str], limit: int) -> list[Any]:
     """The requests of the first ``limit`` questions of each task."""
-    from spattn_olmoe.evaluation import run as evaluation
+    from spattn_olmoe.evaluation import scores as evaluation
     from spattn_olmoe.evaluation.suites import suite_of_tasks
 
     requests = []

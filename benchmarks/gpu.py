@@ -5,8 +5,8 @@
     python scripts/benchmark.py gpu --parts tests loss  # only these
     python scripts/benchmark.py gpu --dry-run           # only say what would be run
 
-Results go to ``benchmarks/results/<gpu>/``; ``session.json`` there says of every part how it ended, at which commit. A part
-that ended well is not run again at the same commit, and one that was stopped goes on with the settings that are missing.
+Results go to ``benchmarks/results/<gpu>/``; ``session.json`` there holds how every part ended, and at which commit. A part
+that ended well is not run again at the same commit, and one that was stopped resumes with the settings that are missing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from spattn_olmoe import machine
+from spattn_olmoe.commands import train_command
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,7 +43,7 @@ def _benchmark(*args: str) -> tuple[str, ...]:
 def _train(folder: str, *overrides: str) -> tuple[str, ...]:
     save = f"trainer.save_folder={folder}"
     fresh = "trainer.load_strategy=never"  # not the run of an earlier commit
-    return ("scripts/train.py", "--config", "configs/quickstart.yaml", save, fresh, *overrides)
+    return tuple(train_command("configs/quickstart.yaml", [save, fresh, *overrides])[1:])
 
 
 _BF16, _FP32 = ("train_module.dp_config.param_dtype=bfloat16",), ("train_module.dp_config.param_dtype=null",)

@@ -23,7 +23,7 @@ def compare(folders: list[Path]) -> list[dict[str, Any]]:
 
     :raises ValueError: a run has no metrics, or other steps than the first.
     """
-    from spattn_olmoe.paper.losses import loss_curve
+    from spattn_olmoe.paper.loss_curves import loss_curve
 
     curves = {folder: dict(zip(*loss_curve(folder), strict=True)) for folder in folders}
     first = curves[folders[0]]
@@ -50,7 +50,7 @@ def compare(folders: list[Path]) -> list[dict[str, Any]]:
 def main(arguments: list[str]) -> int:
     if len(arguments) < 2:
         fail("name a reference run and at least one other")
-    from spattn_olmoe.paper.losses import plot_losses
+    from spattn_olmoe.paper.loss_curves import plot_losses
 
     folders = [Path(argument) for argument in arguments]
     device = machine.default_device()

@@ -20,7 +20,7 @@ def main() -> None:
     args = parser.parse_args()
     with user_errors():
         quiet()
-        from spattn_olmoe.paper.head_report import main as analyze
+        from spattn_olmoe.paper.analyze_heads import main as analyze
 
         print(analyze(args.checkpoint, args.out, data=args.data, sequences=args.sequences, length=args.length))
 

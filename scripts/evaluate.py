@@ -44,7 +44,7 @@ def main() -> None:
     args = parse()
     with user_errors():
         quiet()
-        from spattn_olmoe.evaluation.commands import main as run
+        from spattn_olmoe.evaluation.evaluate import main as run
 
         run(args)
 

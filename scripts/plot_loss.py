@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="the picture, .png or .svg or .pdf")
     args = parser.parse_args()
     with user_errors():
-        from spattn_olmoe.paper.losses import plot_losses
+        from spattn_olmoe.paper.loss_curves import plot_losses
 
         plot_losses(args.runs, args.out)
         print(args.out)

@@ -50,7 +50,7 @@ def main() -> None:
         if args.target == "throughput":
             from benchmarks.throughput import main as reproduce
         else:
-            from spattn_olmoe.paper.commands import main as reproduce
+            from spattn_olmoe.paper.reproduce import main as reproduce
 
         reproduce(args)
 

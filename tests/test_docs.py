@@ -146,14 +146,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from spattn_olmoe.paper import masks
-from spattn_olmoe.paper.runs import SCALES, TABLES, plan_runs
+from spattn_olmoe.paper.runs import SCALES, TABLES, runs_of
 from spattn_olmoe.patterns import available_patterns, available_variants, find_variant
 from spattn_olmoe.train.config import load_experiment
 from spattn_olmoe.train.dry_run import dry_run
 
 assert "doubling_windows" in available_patterns() and "doubling_windows" in available_variants()
 masks.save(masks.draw(find_variant("doubling_windows").build(4, 32)), "drawn.png")
-(run,) = plan_runs(TABLES["table1"], SCALES["paper"], seeds=1, out=Path("out"), variants=["doubling_windows"])[:1]
+(run,) = runs_of(TABLES["table1"], SCALES["paper"], seeds=1, out=Path("out"), variants=["doubling_windows"])[:1]
 assert run.name.endswith("-doubling_windows-seed0")
 dry_run(run.experiment())
 """

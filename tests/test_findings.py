@@ -15,7 +15,7 @@ from benchmarks import throughput
 from spattn_olmoe.paper import appendix, report
 from spattn_olmoe.paper.comparison import Comparison
 from spattn_olmoe.paper.runs import SCALES
-from spattn_olmoe.paper.start import check_same_start
+from spattn_olmoe.paper.same_start import check_same_start
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "findings.md"
@@ -32,7 +32,7 @@ def test_the_report_of_table_3_is_that_of_its_runs(runs):
     check_same_start(runs)
     order = ["gbhalf", "eball", "sliding_window", "sharing", "dense", "exclusive"]
     comparisons = Comparison.of(sorted(runs, key=lambda r: (r["seed"], order.index(r["variant"]))))
-    text = report.markdown("table3", comparisons, SCALES["cpu"].says, {})
+    text = report.markdown("table3", comparisons, SCALES["cpu"].scope, {})
     assert text == (RESULTS / "table3.md").read_text()
 
 

@@ -9,7 +9,7 @@ import pytest
 from spattn_olmoe.cluster import plan
 from spattn_olmoe.machine import ASSUMED_MFU, GPUS, gpu_hours
 from spattn_olmoe.model.flops import flops_per_token
-from spattn_olmoe.paper.runs import SCALES, TABLES, cost, plan_runs
+from spattn_olmoe.paper.runs import SCALES, TABLES, cost, runs_of
 from spattn_olmoe.train import load_experiment
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +35,7 @@ def test_the_documentation_has_the_same_number(name):
 def test_plans_and_reproductions_have_the_same_number(tmp_path):
     """What scripts/plan.py and scripts/reproduce.py --dry-run print for one run."""
     planned = plan(load_experiment(ROOT / "configs/1b7b_spattn.yaml"), 16, "h100").gpu_hours
-    (run,) = plan_runs(
+    (run,) = runs_of(
         TABLES["table1"],
         SCALES["paper"],
         seeds=1,

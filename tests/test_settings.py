@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from spattn_olmoe.data import load_config
-from spattn_olmoe.evaluation.commands import read_options
+from spattn_olmoe.evaluation.evaluate import read_options
 from spattn_olmoe.settings import parse, read, read_as
 
 

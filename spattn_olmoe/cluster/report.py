@@ -7,6 +7,7 @@ import shlex
 from rich.console import Console
 from rich.table import Table
 
+from ..commands import HEAD, train_command
 from ..machine import ASSUMED_MFU
 from ..train.config import ExperimentConfig
 from ..train.dry_run import short
@@ -47,10 +48,9 @@ def print_plan(plan: Plan, config_path: str, overrides: list[str], console: Cons
         say(line)
     per_node = next(n for n in range(GPUS_PER_NODE, 0, -1) if plan.ranks % n == 0)
     nodes = plan.ranks // per_node
-    command = f"torchrun --nnodes={nodes} --nproc_per_node={per_node}"
-    command += " --rdzv_backend=c10d --rdzv_endpoint=$HEAD_NODE:29500" if nodes > 1 else ""
-    arguments = " ".join(shlex.quote(item) for item in [*overrides, *plan.overrides])
-    say(f"\nStart it with\n{command} scripts/train.py --config {shlex.quote(config_path)} {arguments}")
+    command = train_command(config_path, [*overrides, *plan.overrides], per_node, nodes)
+    # $HEAD_NODE is the shell's to expand
+    say(f"\nStart it with\n{' '.join(w if w.endswith(HEAD) else shlex.quote(w) for w in command)}")
     assert plan.best.layout == Layout.of(plan.config, plan.ranks)
 
 

@@ -28,7 +28,7 @@ from ..patterns import Pattern, build_pattern
 from ..patterns.variants import mask_name
 from ..train.metrics import METRICS_FILE, read_metrics
 from . import masks
-from .losses import LOSS
+from .loss_curves import LOSS
 
 _STEP = re.compile(r"step(\d+)")
 _SEEDS = ("init_seed", "seed")

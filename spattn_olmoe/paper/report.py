@@ -19,9 +19,9 @@ from ..machine import made_on
 from ..patterns import build_pattern
 from ..tables import context_label, interval, p_value, plus_minus, table
 from .comparison import Comparison, Result
-from .measure import suite_file
 from .runs import TABLES, Run, Scale
-from .start import PARTS
+from .same_start import PARTS
+from .train_and_evaluate import suite_file
 
 _SMOOTH = 25
 """Steps of the running mean in plots of training loss."""
@@ -35,7 +35,7 @@ def write(name: str, runs: Sequence[Run], results: Sequence[Result], scale: Scal
     out.mkdir(parents=True, exist_ok=True)
     comparisons = Comparison.of(results)
     paths = [out / f"{name}.md", out / f"{name}.csv"]
-    paths[0].write_text(markdown(name, comparisons, scale.says, read_scores(name, runs, scale)))
+    paths[0].write_text(markdown(name, comparisons, scale.scope, read_scores(name, runs, scale)))
     with open(paths[1], "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows(comparisons))
     for c in comparisons:
@@ -50,18 +50,18 @@ def read_scores(name: str, runs: Sequence[Run], scale: Scale) -> dict[str, dict[
     found = {run.name: file for run in runs if (file := suite_file(run, scale, name))}
     if not found:
         return {}
-    from ..evaluation.run import read  # which needs lm-eval
+    from ..evaluation.scores import read  # which needs lm-eval
 
     return {run: read(file) for run, file in found.items()}
 
 
-def markdown(name: str, comparisons: Sequence[Comparison], says: str, scores: dict[str, dict[str, Any]]) -> str:
+def markdown(name: str, comparisons: Sequence[Comparison], scope: str, scores: dict[str, dict[str, Any]]) -> str:
     """The report of a table.
 
-    :param says: what its scale can and cannot show.
+    :param scope: what its scale can and cannot show.
     :param scores: lm-eval results by run; empty at a scale without.
     """
-    lines = [f"# {name.replace('table', 'Table ')}", "", says, ""]
+    lines = [f"# {name.replace('table', 'Table ')}", "", scope, ""]
     for c in comparisons:
         first = next(iter(c.results.values()))[0]
         lines += [

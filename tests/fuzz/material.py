@@ -11,7 +11,7 @@ from typing import Any
 
 import zstandard
 
-from spattn_olmoe.evaluation.run import FORMAT
+from spattn_olmoe.evaluation.scores import FORMAT
 
 from .guard import CANARY
 
@@ -91,10 +91,10 @@ def preload() -> None:
 
     import spattn_olmoe.cluster.report
     import spattn_olmoe.data
-    import spattn_olmoe.evaluation.commands
+    import spattn_olmoe.evaluation.evaluate
     import spattn_olmoe.evaluation.model
-    import spattn_olmoe.paper.head_report
-    import spattn_olmoe.paper.losses
+    import spattn_olmoe.paper.analyze_heads
+    import spattn_olmoe.paper.loss_curves
     import spattn_olmoe.paper.masks
     import spattn_olmoe.train.faults
     import spattn_olmoe.train.run  # noqa: F401

@@ -87,8 +87,8 @@ def test_what_is_not_paired_is_refused(comparison):
 
 def test_the_report_says_what_the_losses_say(comparison):
     assert report.paper_order("table3") == ["sharing", "sliding_window", "gbhalf", "eball"]
-    text = report.markdown("table3", [comparison], SCALES["cpu"].says, {})
-    assert SCALES["cpu"].says in text
+    text = report.markdown("table3", [comparison], SCALES["cpu"].scope, {})
+    assert SCALES["cpu"].scope in text
     verdicts = dict(re.findall(r"^\| (\w+ before \w+) \|.*\| ([^|]+) \|$", text, re.MULTILINE))
     assert verdicts == {
         "sharing before sliding_window": "as in the paper",

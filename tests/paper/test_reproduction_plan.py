@@ -10,16 +10,17 @@ import pytest
 import torch
 
 from benchmarks.tiny import tiny
+from spattn_olmoe.commands import ROOT
 from spattn_olmoe.evaluation.suites import SUITES
 from spattn_olmoe.machine import ASSUMED_MFU, GPUS
-from spattn_olmoe.paper.measure import suite_command, train_command
-from spattn_olmoe.paper.runs import ROOT, SCALES, TABLES, config_key, cost, plan_runs
-from spattn_olmoe.paper.start import check_same_start, hash_weights
+from spattn_olmoe.paper.runs import SCALES, TABLES, config_key, cost, runs_of
+from spattn_olmoe.paper.same_start import check_same_start, hash_weights
+from spattn_olmoe.paper.train_and_evaluate import run_command, suite_command
 from spattn_olmoe.patterns import VARIANTS
 
 
 def plan(table: str, scale: str, seeds: int = 1, **kwargs):
-    return plan_runs(TABLES[table], SCALES[scale], seeds=seeds, out=Path("out"), **kwargs)
+    return runs_of(TABLES[table], SCALES[scale], seeds=seeds, out=Path("out"), **kwargs)
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -32,7 +33,7 @@ def test_paper_scale_is_the_shipped_configs(table):
         config = run.experiment()  # checks every key
         assert run.config.parent == ROOT / "configs" and run.config.stem.startswith(run.model)
         assert (config.init_seed, config.data_loader.seed) == (12536, 34521)
-        assert train_command(run, SCALES["paper"])[:3] == ["torchrun", "--standalone", "--nproc_per_node=gpu"]
+        assert run_command(run, SCALES["paper"])[:3] == ["torchrun", "--standalone", "--nproc_per_node=gpu"]
         assert ["--suite", table] == suite_command(run, SCALES["paper"], table)[4:6]
     assert len({run.key for run in runs}) == len({run.folder for run in runs}) == len(runs)
 
@@ -56,7 +57,7 @@ def test_seeds_change_weights_and_order_and_nothing_else():
 
 def test_a_key_names_what_training_depends_on():
     (run,) = plan("table3", "cpu", variants=["eball"])
-    (elsewhere,) = plan_runs(TABLES["table1"], SCALES["cpu"], seeds=1, out=Path("there"), variants=["eball"])
+    (elsewhere,) = runs_of(TABLES["table1"], SCALES["cpu"], seeds=1, out=Path("there"), variants=["eball"])
     (longer,) = plan("table3", "cpu", variants=["eball"], overrides=["trainer.max_duration.value=7"])
     assert run.key == elsewhere.key != longer.key and run.folder != elsewhere.folder
     plain = {"trainer": {"save_folder": "a", "callbacks": {}, "x": 1}, "dataset": {}, "data_loader": {}}

@@ -15,7 +15,7 @@ import pytest
 
 from spattn_olmoe.data import DataConfig, SourceConfig, TokenizerSection, prepare
 from spattn_olmoe.paper.comparison import Comparison
-from spattn_olmoe.paper.measure import only_one
+from spattn_olmoe.paper.train_and_evaluate import only_one
 from tests.conftest import ROOT, training_environment
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from spattn_olmoe.paper.figures import save_figure
-from spattn_olmoe.paper.losses import LOSS, plot_losses
+from spattn_olmoe.paper.loss_curves import LOSS, plot_losses
 
 
 def run(folder: Path, losses: list[float | None]) -> Path:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from spattn_olmoe.paper import head_report
+from spattn_olmoe.paper import analyze_heads
 
 
 def test_checkpoints_side_by_side(checkpoint_of, held_out_data: Path, tmp_path: Path):
     folders = [checkpoint_of("standard"), checkpoint_of("eball")]
-    text = head_report.main(folders, tmp_path / "heads", data=str(held_out_data), sequences=4, length=16)
+    text = analyze_heads.main(folders, tmp_path / "heads", data=str(held_out_data), sequences=4, length=16)
     assert text == (tmp_path / "heads" / "heads.md").read_text()
     assert (tmp_path / "heads" / "heads.png").stat().st_size > 1000
     found = json.loads((tmp_path / "heads" / "heads.json").read_text())
@@ -32,4 +32,4 @@ def test_checkpoints_side_by_side(checkpoint_of, held_out_data: Path, tmp_path: 
 )
 def test_what_cannot_be_honoured_is_said(given, needle, checkpoint_of, held_out_data: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=needle):
-        head_report.main([checkpoint_of("standard")], tmp_path, data=str(held_out_data), **given)
+        analyze_heads.main([checkpoint_of("standard")], tmp_path, data=str(held_out_data), **given)

@@ -102,27 +102,27 @@ def _suite(args: argparse.Namespace, checkpoint: str, options: dict[str, Any]) -
     offline = options.pop("offline", True)
     if offline:  # before anything imports datasets, which decides once
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-    from . import report, run
+    from . import report, scores
 
-    folder = run.writable_folder(args.out or Path(opened.path) / "evaluation")
-    with run.task_manager(suite, offline) as manager:
+    folder = scores.writable_folder(args.out or Path(opened.path) / "evaluation")
+    with scores.task_manager(suite, offline) as manager:
         from .model import SPAttnLM
 
         lm = SPAttnLM(opened, batch_size=args.batch_size, **options)
-        results = run.evaluate(lm, suite, manager, from_wheel=offline, limit=args.limit)
+        results = scores.evaluate(lm, suite, manager, from_wheel=offline, limit=args.limit)
     if results is None:
         return
     stem = folder / suite.name
     print(report.markdown(results))
-    with run.writing_to(folder):
-        run.write(results, stem.with_name(f"{stem.name}.json"))
+    with scores.writing_to(folder):
+        scores.write(results, stem.with_name(f"{stem.name}.json"))
         print(*[stem.with_name(f"{stem.name}.json"), *report.write_tables(results, stem)], sep="\n")
 
 
 def _compare(args: argparse.Namespace) -> None:
     from .compare import compare
     from .report import comparison_markdown
-    from .run import read, writable_folder, writing_to
+    from .scores import read, writable_folder, writing_to
 
     a, b = (read(path) for path in args.compare)
     text = comparison_markdown(a, b, compare(a, b))
@@ -142,7 +142,7 @@ def _loss(args: argparse.Namespace, folders: list[str], options: dict[str, Any])
     from ..model.checkpoint import Checkpoint
     from ..tables import attention_name
     from . import loss
-    from .run import writable_folder, write, writing_to
+    from .scores import writable_folder, write, writing_to
 
     checkpoints = [Checkpoint.open(folder, follows_input=options.get("follows_input")) for folder in folders]
     folder = writable_folder(args.out or Path(checkpoints[0].path) / "evaluation")

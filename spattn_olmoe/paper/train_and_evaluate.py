@@ -1,4 +1,4 @@
-"""Train and evaluate the runs of a table. What is finished is not done again; what was interrupted goes on.
+"""Train and evaluate the runs of a table. What is finished is not done again; what was interrupted resumes.
 
 A run trains in a process of its own, through ``scripts/train.py``, in a folder that its config's hash names. Its result is
 one JSON file, written once the run is trained and evaluated.
@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -22,48 +20,37 @@ from typing import Any
 
 import torch
 
+from ..commands import environment, relative, script_command, train_command
 from ..data import prepare
 from ..files import replace_file
 from ..machine import default_device, describe
 from ..model.checkpoint_files import find_checkpoint
 from ..train.metrics import METRICS_FILE, read_metrics
 from . import held_out
-from .losses import LOSS
-from .runs import ROOT, Run, Scale, data_config, steps_of
-from .start import check_same_start, read_start
+from .loss_curves import LOSS
+from .runs import Run, Scale, data_config, steps_of
+from .same_start import check_same_start, read_start
 
 FORMAT = "spattn_olmoe reproduction run 1"
-TRAIN, EVALUATE, CORPUS = (f"scripts/{name}.py" for name in ("train", "evaluate", "quickstart_corpus"))
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT)
 """Exit statuses of a training that was told to stop."""
 Say = Callable[[str], None]
 
 
-def train_command(run: Run, scale: Scale) -> list[str]:
+def run_command(run: Run, scale: Scale, *, to_run: bool = False) -> list[str]:
     """The command that trains a run: one process, or one for each GPU of the machine at the paper's scale."""
-    command = ["python"]
-    if scale.config is None:
-        command = ["torchrun", "--standalone", "--nproc_per_node=gpu"]
-    return [*command, TRAIN, "--config", _relative(run.config), *run.overrides]
+    ranks = "gpu" if scale.config is None else None
+    return train_command(run.config if to_run else relative(run.config), run.overrides, ranks, to_run=to_run)
 
 
-def suite_command(run: Run, scale: Scale, table: str) -> list[str] | None:
+def suite_command(run: Run, scale: Scale, table: str, *, to_run: bool = False) -> list[str] | None:
     """The command that gives a run its lm-eval scores; None at a scale without."""
     file = suite_file(run, scale, table)
     if file is None:
         return None
     limit = [] if scale.suite_limit is None else ["--limit", str(scale.suite_limit)]
-    return [
-        "python",
-        EVALUATE,
-        "--checkpoint",
-        str(run.folder),
-        "--suite",
-        file.stem,
-        *limit,
-        "--out",
-        str(file.parent),
-    ]
+    words = ["--checkpoint", str(run.folder), "--suite", file.stem, *limit, "--out", str(file.parent)]
+    return script_command("evaluate", words, to_run=to_run)
 
 
 def suite_file(run: Run, scale: Scale, table: str) -> Path | None:
@@ -79,7 +66,8 @@ def prepare_data(scale: Scale, say: Say) -> None:
     for source in config.sources:
         folder = Path(source.paths[0]).parent if source.paths else None
         if folder and folder.name == "corpus" and not any(folder.glob("*.jsonl")):
-            subprocess.run([sys.executable, str(ROOT / CORPUS), str(folder)], env=_environment(), check=True)
+            command = script_command("quickstart_corpus", [str(folder)], to_run=True)
+            subprocess.run(command, env=environment(), check=True)
     manifest = prepare(config)
     say(f"data: {config.output}, {manifest.train_tokens:,} tokens, {manifest.validation_tokens:,} held out")
 
@@ -147,10 +135,7 @@ def _train(run: Run, scale: Scale, children: list[subprocess.Popen[bytes]], stop
             return ", trained before"
         if stop.is_set():
             return ""
-        here = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
-        here |= {TRAIN: [str(ROOT / TRAIN)], _relative(run.config): [str(run.config)]}
-        command = [word for said in train_command(run, scale) for word in here.get(said, [said])]
-        env = _environment()
+        command, env = run_command(run, scale, to_run=True), environment()
         if not scale.needs_gpu:
             env |= {"OMP_NUM_THREADS": "1"}  # the same sums in the same order, however many cores there are
         log = run.folder / "train.log"
@@ -167,7 +152,7 @@ def _train(run: Run, scale: Scale, children: list[subprocess.Popen[bytes]], stop
 
 
 def trained_steps(folder: Path) -> int:
-    """The step of a run's newest complete checkpoint; 0 where there is none. Its name says it: nothing is hashed."""
+    """The step of a run's newest complete checkpoint; 0 where there is none. Read from its name: nothing is hashed."""
     found = find_checkpoint(folder, verify=False)
     return int(re.fullmatch(r"step(\d+)", Path(found).name)[1]) if found else 0  # type: ignore[index]
 
@@ -187,7 +172,7 @@ def only_one(folder: Path, say: Say) -> Iterator[int]:
 def _last_error(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines()
     stated = [line for line in lines if line.startswith("error: ")]
-    return f"{(stated or lines or ['it said nothing'])[-1].removeprefix('error: ')} ({log})"
+    return f"{(stated or lines or ['it printed nothing'])[-1].removeprefix('error: ')} ({log})"
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
@@ -207,7 +192,7 @@ def result_of(run: Run, machine: dict[str, Any]) -> dict[str, Any]:
         "variant": run.variant,
         "seed": run.seed,
         "key": run.key,
-        "config": _relative(run.config),
+        "config": relative(run.config),
         "overrides": [item for item in run.overrides if not item.startswith("trainer.save_folder=")],
         "steps": len(curve),
         "tokens": len(curve) * config.data_loader.global_batch_size,
@@ -245,23 +230,12 @@ def _write_result(out: Path, run: Run, result: dict[str, Any]) -> None:
 
 def _scores(run: Run, scale: Scale, table: str) -> None:
     """A run's lm-eval scores, where the scale has them and they are not there yet."""
-    file, command = suite_file(run, scale, table), suite_command(run, scale, table)
+    file, command = suite_file(run, scale, table), suite_command(run, scale, table, to_run=True)
     if file is None or command is None or file.is_file():
         return
-    words = [sys.executable, str(ROOT / command[1]), *command[2:]]
-    done = subprocess.run(words, env=_environment(), stdout=subprocess.DEVNULL)
+    done = subprocess.run(command, env=environment(), stdout=subprocess.DEVNULL)
     if done.returncode:
         raise ValueError(f"{run.name}: {' '.join(command)} ended with exit code {done.returncode}")
-
-
-def _environment() -> dict[str, str]:
-    """What scripts are started with: this process's environment, and this very package."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path}
-
-
-def _relative(path: Path) -> str:
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def check_device(scale: Scale) -> None:

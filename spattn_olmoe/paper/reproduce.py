@@ -12,10 +12,10 @@ from typing import Any
 from ..machine import ASSUMED_MFU, GPUS, default_device, describe
 from ..patterns import find_variant
 from . import appendix, masks, report
-from .measure import check_device, prepare_data, run_all, suite_command, train_command
 from .recall import command as recall
 from .recall.study import STUDIES
-from .runs import CONFIGS, SCALES, TABLES, Run, Scale, Table, cost, plan_runs
+from .runs import CONFIGS, SCALES, TABLES, Run, Scale, Table, cost, runs_of
+from .train_and_evaluate import check_device, prepare_data, run_all, run_command, suite_command
 
 
 def main(args: argparse.Namespace) -> None:
@@ -40,7 +40,7 @@ def _table(args: argparse.Namespace, out: Path) -> None:
     scale = SCALES[args.scale]
     runs = _runs(args, scale, TABLES[args.target], out, _variants(args.variants))
     if args.dry_run:
-        _print_plan(runs, scale, args.target)
+        _print_dry_run(runs, scale, args.target)
         return
     results = _finish(args, scale, runs, args.target, out)
     for path in report.write(args.target, runs, results, scale, out):
@@ -58,7 +58,7 @@ def _appendix_a(args: argparse.Namespace, out: Path) -> None:
         raise ValueError(f"--variants {args.variants}: appendix_a has its own ({', '.join(appendix.NAMES)})")
     runs = _runs(args, scale, TABLES["table3"], out, appendix.NAMES)
     if args.dry_run:
-        _print_plan(runs, scale, args.target)
+        _print_dry_run(runs, scale, args.target)
         return
     _finish(args, scale, runs, "table3", out)
     for path in appendix.write(appendix.measure(runs, describe(default_device())), out):
@@ -69,9 +69,7 @@ def _runs(args: argparse.Namespace, scale: Scale, table: Table, out: Path, varia
     seeds = scale.seeds if args.seeds is None else args.seeds
     if seeds < 1:
         raise ValueError(f"--seeds {seeds}: must be at least 1")
-    return plan_runs(
-        table, scale, seeds=seeds, out=out, config=args.config, overrides=args.overrides, variants=variants
-    )
+    return runs_of(table, scale, seeds=seeds, out=out, config=args.config, overrides=args.overrides, variants=variants)
 
 
 def _finish(args: argparse.Namespace, scale: Scale, runs: list[Run], table: str, out: Path) -> list[dict[str, Any]]:
@@ -103,10 +101,10 @@ def _jobs(asked: int | None, scale: Scale) -> int:
     return asked
 
 
-def _print_plan(runs: list[Run], scale: Scale, table: str) -> None:
+def _print_dry_run(runs: list[Run], scale: Scale, table: str) -> None:
     """What would be launched, and what it would cost."""
     costs = {run.name: cost(run) for run in runs}
-    print(f"# {table} --scale {scale.name}: {len(runs)} runs. {scale.says}\n")
+    print(f"# {table} --scale {scale.name}: {len(runs)} runs. {scale.scope}\n")
     data = scale.data.relative_to(CONFIGS.parent)
     longest = max(c.tokens for c in costs.values())
     whole = "" if scale.config is not None else f" max_tokens={longest} # one pass of the longest run"
@@ -115,7 +113,7 @@ def _print_plan(runs: list[Run], scale: Scale, table: str) -> None:
         own = costs[run.name]
         hours = f", {own.gpu_hours:,.1f} GPU-hours" if scale.needs_gpu else ""
         print(f"\n# {run.name}: {own.tokens:,} tokens, {own.flops:.3g} FLOPs{hours}")
-        print(shlex.join(train_command(run, scale)))
+        print(shlex.join(run_command(run, scale)))
         scores = suite_command(run, scale, table)
         if scores:
             print(shlex.join(scores))

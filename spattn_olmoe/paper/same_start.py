@@ -80,7 +80,7 @@ def read_start(folder: Path) -> dict[str, str]:
 def check_same_start(results: Sequence[Mapping[str, Any]]) -> None:
     """Raise unless all variants of a model and seed started from the same weights, order and data.
 
-    :param results: results of runs, as :func:`spattn_olmoe.paper.measure.result_of` writes them.
+    :param results: results of runs, as :func:`spattn_olmoe.paper.train_and_evaluate.result_of` writes them.
     :raises ValueError: which two runs differ, and in what.
     """
     first: dict[tuple[str, int], Mapping[str, Any]] = {}
