@@ -160,7 +160,7 @@ def trained_steps(folder: Path) -> int:
 @contextmanager
 def only_one(folder: Path, say: Say) -> Iterator[int]:
     """Hold a run's folder, waiting for whoever trains there; a file descriptor that holds it as long as it is open."""
-    with open(folder / "lock", "w") as file:
+    with open(folder / "reproduction.lock", "w") as file:  # "lock" is the training's own
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
