@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-from .patterns import mask_name
+from collections.abc import Iterable, Sequence
 
 _MARKS = {"l": "---", "r": "---:"}
 FIRST_CONTEXT = 16
@@ -40,17 +37,3 @@ def context_label(context: Sequence[int]) -> str:
     """A half-open range of context lengths; ``all`` for the one that holds every other."""
     lo, hi = context
     return "all" if lo == 1 and hi > FIRST_CONTEXT else f"{lo} to {hi - 1}"
-
-
-def attention_name(layers: Sequence[Mapping[str, Any]], follows_input: bool) -> str:
-    """The attention of a model in a few words: its masks by name, and the options that are not a mask's own.
-
-    :param layers: the config of every layer's pattern.
-    """
-    names = []
-    for layer in layers:
-        options = {k: v for k, v in layer.items() if k not in ("name", "n_heads", "band_length", "follows_input")}
-        names.append(mask_name(layer["name"], options))
-    kinds = list(dict.fromkeys(names))
-    text = kinds[0] if len(kinds) == 1 else ", ".join(f"{names.count(kind)} layers {kind}" for kind in kinds)
-    return f"{text}, follows_input=true" if follows_input else text

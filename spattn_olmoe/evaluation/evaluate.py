@@ -140,7 +140,7 @@ def _loss(args: argparse.Namespace, folders: list[str], options: dict[str, Any])
 
     from ..machine import default_device, describe
     from ..model.checkpoint import Checkpoint
-    from ..tables import attention_name
+    from ..patterns import attention_name
     from . import loss
     from .scores import writable_folder, write, writing_to
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..machine import as_line
-from ..tables import attention_name, interval, plus_minus, table
+from ..patterns import attention_name
+from ..tables import interval, plus_minus, table
 from .compare import NO_DIFFERENCE, Difference, average, columns_of
 from .suites import SUITES, implied_stderr
 

@@ -12,7 +12,8 @@ import torch
 from ..evaluation.loss import HeldOut
 from ..files import replace_file
 from ..model.checkpoint import Checkpoint
-from ..tables import attention_name, table
+from ..patterns import attention_name
+from ..tables import table
 from .heads import DIVERSITIES, measure_heads, plot_heads, summary
 
 _TOKENS = 4096  # of a batch

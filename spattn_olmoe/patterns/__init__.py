@@ -9,7 +9,16 @@ import pkgutil
 from .base import MAX_INTERVALS, UNBOUNDED, Pattern, causal_pairs
 from .intervals import IntervalPattern
 from .registry import available_patterns, build_pattern, pattern_class, pattern_options, register_pattern
-from .variants import VARIANTS, Variant, available_variants, build_mask, find_variant, mask_name, variant_of
+from .variants import (
+    VARIANTS,
+    Variant,
+    attention_name,
+    available_variants,
+    build_mask,
+    find_variant,
+    mask_name,
+    variant_of,
+)
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -21,6 +30,7 @@ __all__ = [
     "IntervalPattern",
     "Pattern",
     "Variant",
+    "attention_name",
     "available_patterns",
     "available_variants",
     "build_mask",

@@ -6,7 +6,7 @@ A named mask is an attention type with options. ``spattention`` is the type of t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import nearest
@@ -127,6 +127,20 @@ def mask_name(type: str, options: Mapping[str, Any]) -> str:
     stated = {**_defaults(type), **variant.options}
     extra = (f" {k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in options.items() if stated.get(k) != v)
     return variant.name + "".join(extra)
+
+
+def attention_name(layers: Sequence[Mapping[str, Any]], follows_input: bool) -> str:
+    """The attention of a model in a few words: its masks by name, and the options that are not a mask's own.
+
+    :param layers: the config of every layer's pattern.
+    """
+    names = []
+    for layer in layers:
+        options = {k: v for k, v in layer.items() if k not in ("name", "n_heads", "band_length", "follows_input")}
+        names.append(mask_name(layer["name"], options))
+    kinds = list(dict.fromkeys(names))
+    text = kinds[0] if len(kinds) == 1 else ", ".join(f"{names.count(kind)} layers {kind}" for kind in kinds)
+    return f"{text}, follows_input=true" if follows_input else text
 
 
 def _defaults(type: str) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from ..errors import nearest
 from ..model.section import attach
 from ..settings import first_line, read
 from ..trust import check_classes
+from .degrees import Degrees
 from .keys import check_keys
-from .layout import Degrees
 from .ranges import check_ranges
 
 

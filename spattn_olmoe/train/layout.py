@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import TYPE_CHECKING, NamedTuple
 
 from olmo_core.distributed.parallel import DataParallelType
 from olmo_core.nn.attention.ring import UlyssesContextParallelStyle
@@ -24,33 +23,14 @@ from olmo_core.train.train_module.transformer.config import (
 )
 
 from ..model.mixer import PatternAttentionConfig
-
-if TYPE_CHECKING:  # config.py asks for degrees
-    from .config import ExperimentConfig
+from .config import ExperimentConfig
+from .degrees import Degrees
 
 RECOMPUTABLE = ("attention_norm", "attention", "feed_forward_norm", "feed_forward_moe.experts")
 """Parts of a block that activation checkpointing may wrap. The router may not: it counts what it routes."""
 
 MOST_RANKS = 2**20
 """More GPUs than anybody has; above that, searching for a layout takes for ever."""
-
-
-class Degrees(NamedTuple):
-    """Over how many ranks a config's ``train_module`` spreads a layer, by kind of parallelism; 1 is none."""
-
-    tensor: int
-    context: int
-    expert: int
-
-    @classmethod
-    def of(cls, module: TransformerTrainModuleConfig) -> Degrees:
-        parts = (module.tp_config, module.cp_config, module.ep_config)
-        return cls(*(part.degree if part is not None else 1 for part in parts))
-
-    @property
-    def heads(self) -> int:
-        """Ranks that share the heads of a layer: Ulysses exchanges sequence for heads, so it multiplies."""
-        return self.tensor * self.context
 
 
 @dataclass(frozen=True)
