@@ -1,5 +1,6 @@
 """What the pages in docs/ say, run."""
 
+import ast
 import doctest
 import importlib
 import os
@@ -7,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -85,7 +87,7 @@ def test_figures_of_bands_of_equal_area():
 
 
 def test_links_and_pictures_of_the_pages_exist():
-    for page in [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+    for page in [*DOCS.glob("*.md"), *DOCS.glob("api/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
         for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
             known = target.startswith("https://") or (page.parent / target.partition("#")[0]).exists()
             assert known, f"{page.name}: {target}"
@@ -106,6 +108,35 @@ def test_the_map_names_every_page_and_every_folder():
     packages = [path.parent for path in (ROOT / "spattn_olmoe").glob("*/__init__.py")]
     for folder in packages:
         assert f"`spattn_olmoe/{folder.name}`" in index, folder.name
+
+
+def undocumented(path: Path) -> Iterator[str]:
+    """The public functions, classes and methods of a module without a docstring. A method may be its base's."""
+    for node in ast.parse(path.read_text()).body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        if not ast.get_docstring(node):
+            yield node.name
+        bases = {ast.unparse(base) for base in getattr(node, "bases", ())} - {"NamedTuple", "ABC", "Protocol"}
+        for method in node.body if isinstance(node, ast.ClassDef) and not bases else ():
+            public = isinstance(method, ast.FunctionDef) and not method.name.startswith("_")
+            if public and not ast.get_docstring(method):
+                yield f"{node.name}.{method.name}"
+
+
+def test_every_public_name_is_documented_on_its_rooms_page():
+    """A page of the reference names modules, and shows whatever is public in them and has a docstring."""
+    shown = {page.stem: re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE) for page in DOCS.glob("api/*.md")}
+    modules = {}
+    for path in sorted((ROOT / "spattn_olmoe").rglob("*.py")):
+        if path.name not in ("__init__.py", "__main__.py"):
+            modules[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
+    room_of = {name: name.split(".")[1] if name.count(".") > 1 else "common" for name in modules}
+    assert shown == {room: [m for m in modules if room_of[m] == room] for room in room_of.values()}
+    missing = {name: names for name, path in modules.items() if (names := list(undocumented(path)))}
+    assert not missing
+    nav = (ROOT / "mkdocs.yml").read_text()
+    assert all(f"- api/{room}.md" in nav and f"(api/{room}.md)" in (DOCS / "api.md").read_text() for room in shown)
 
 
 @pytest.mark.parametrize(

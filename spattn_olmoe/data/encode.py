@@ -104,6 +104,7 @@ def start_worker(settings: Settings) -> None:
 
 
 def work(source: int, chunk: Chunk) -> Encoded:
+    """A chunk, encoded by this process's encoder: what a pool runs."""
     assert _encoder is not None
     return _encoder(source, chunk)
 

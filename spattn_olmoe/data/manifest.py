@@ -89,18 +89,22 @@ class Manifest:
 
     @property
     def validation_paths(self) -> list[str]:
+        """The held-out shards."""
         return self._paths("validation")
 
     @property
     def tokenizer_path(self) -> Path:
+        """The tokenizer's file."""
         return self.directory / self.tokenizer.path
 
     @property
     def train_tokens(self) -> int:
+        """Tokens of the training shards."""
         return self.count("train").tokens
 
     @property
     def validation_tokens(self) -> int:
+        """Tokens of the held-out shards."""
         return self.count("validation").tokens
 
     def count(self, split: str) -> Shard:

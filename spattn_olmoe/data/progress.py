@@ -34,6 +34,7 @@ class SourceProgress:
 
     @property
     def position(self) -> Position:
+        """Where in its file the next chunk begins."""
         return Position(self.offset, self.number)
 
 
@@ -53,22 +54,27 @@ class Progress:
 
     @property
     def documents(self) -> int:
+        """Documents of all sources."""
         return sum(s.documents for s in self.sources)
 
     @property
     def tokens(self) -> int:
+        """Tokens of all sources."""
         return sum(s.tokens for s in self.sources)
 
     @property
     def text_bytes(self) -> int:
+        """Bytes of text of all sources."""
         return sum(s.text_bytes for s in self.sources)
 
     @property
     def rejects(self) -> int:
+        """Documents of all sources that were left out."""
         return sum(s.rejects for s in self.sources)
 
     @property
     def reject_share(self) -> float:
+        """Their share of everything that was read."""
         return self.rejects / max(1, self.documents + self.rejects)
 
     def count_lengths(self, lengths: np.ndarray, sequence_length: int) -> None:
@@ -78,6 +84,7 @@ class Progress:
         self.longer += int((lengths > sequence_length).sum())
 
     def save(self, folder: Path, options: dict[str, Any]) -> None:
+        """Write the state, with the options that a later run must share."""
         replace_file(folder / NAME, json.dumps({"options": options, "progress": asdict(self)}).encode())
 
     @classmethod

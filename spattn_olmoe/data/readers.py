@@ -82,6 +82,7 @@ class Delimiter:
         )
 
     def count(self, data: bytes) -> int:
+        """Documents that end within these bytes."""
         return sum(1 for _ in self._find.finditer(data))
 
     def split(self, data: bytes) -> list[bytes]:

@@ -79,6 +79,7 @@ class LocalSource:
         self.origin = {"paths": list(config.paths)}
 
     def read(self, index: int, start: Position) -> Iterator[Chunk]:
+        """Chunks of a file from a position on."""
         path = self._paths[index]
         try:
             yield from read_file(path, self.files[index].name, start, **self._options)  # type: ignore[arg-type]
@@ -162,6 +163,7 @@ class HubSource:
         }
 
     def read(self, index: int, start: Position) -> Iterator[Chunk]:
+        """Chunks of a file from a position on."""
         kind = "jsonl" if self._lines else "rows"
         return group_rows(self._rows(index, start.offset), self.files[index].name, start, kind)
 

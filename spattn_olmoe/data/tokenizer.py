@@ -124,6 +124,7 @@ def vocab_size(tokenizer: Tokenizer) -> int:
 
 
 def sha256(data: bytes) -> str:
+    """The SHA-256 of bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 

@@ -38,10 +38,12 @@ class Difference:
 
     @property
     def difference(self) -> float:
+        """By how much B exceeds A."""
         return self.b - self.a
 
     @property
     def verdict(self) -> str:
+        """Which one is higher, where the adjusted p-value allows to tell."""
         if self.p_adjusted >= statistics.LEVEL:
             return NO_DIFFERENCE
         return "B is higher" if self.difference > 0 else "A is higher"

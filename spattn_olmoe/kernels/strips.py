@@ -35,10 +35,12 @@ class Strips(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Strips, one for each row and head."""
         return (self.rows.stop - self.rows.start) * (self.heads.stop - self.heads.start)
 
     @property
     def length(self) -> int:
+        """Queries of each strip."""
         return self.queries.stop - self.queries.start
 
 
@@ -67,6 +69,7 @@ class Stack(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Strips of the stack."""
         return sum(strips.size for strips in self.strips)
 
     @property

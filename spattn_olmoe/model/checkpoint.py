@@ -84,6 +84,7 @@ class Checkpoint:
 
     @property
     def eos_token_id(self) -> int:
+        """The id of the token that ends a document."""
         return self.config["dataset"]["tokenizer"]["eos_token_id"]
 
     @property

@@ -53,6 +53,7 @@ class Comparison:
 
     @property
     def seeds(self) -> int:
+        """Seeds of each variant."""
         return len(next(iter(self.results.values())))
 
     @property

@@ -47,6 +47,7 @@ class Table:
 
     @property
     def variants(self) -> tuple[str, ...]:
+        """The named masks of its rows, each once, and those beside them."""
         return tuple(dict.fromkeys([*(variant for variant, _ in self.rows), *self.extra]))
 
 
@@ -166,6 +167,7 @@ class Run:
 
     @property
     def name(self) -> str:
+        """What folders and result files are called."""
         return f"{self.model}-{self.variant}-seed{self.seed}"
 
     def experiment(self) -> ExperimentConfig:

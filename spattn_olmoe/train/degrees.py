@@ -16,6 +16,7 @@ class Degrees(NamedTuple):
 
     @classmethod
     def of(cls, module: TransformerTrainModuleConfig) -> Degrees:
+        """The degrees of a config's ``train_module``."""
         parts = (module.tp_config, module.cp_config, module.ep_config)
         return cls(*(part.degree if part is not None else 1 for part in parts))
 

@@ -275,6 +275,10 @@ class Published:
 
 
 def read_json(path: Path) -> Any:
+    """The contents of a JSON file of a model's folder.
+
+    :raises ValueError: it is missing.
+    """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:

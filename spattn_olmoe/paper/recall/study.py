@@ -76,6 +76,7 @@ class Job:
     key: str
 
     def file(self, out: Path) -> Path:
+        """Where the result of this job is written."""
         return out / "runs" / f"{self.task_name}-{self.key}-seed{self.seed}.json"
 
 
