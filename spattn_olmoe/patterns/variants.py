@@ -139,7 +139,11 @@ def attention_name(layers: Sequence[Mapping[str, Any]], follows_input: bool) -> 
         options = {k: v for k, v in layer.items() if k not in ("name", "n_heads", "band_length", "follows_input")}
         names.append(mask_name(layer["name"], options))
     kinds = list(dict.fromkeys(names))
-    text = kinds[0] if len(kinds) == 1 else ", ".join(f"{names.count(kind)} layers {kind}" for kind in kinds)
+    text = (
+        kinds[0]
+        if len(kinds) == 1
+        else ", ".join(f"{n} layer{'s' * (n > 1)} {kind}" for kind in kinds if (n := names.count(kind)))
+    )
     return f"{text}, follows_input=true" if follows_input else text
 
 

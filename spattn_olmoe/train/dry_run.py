@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..model.flops import flops_per_token
 from ..model.section import layer_patterns, unread_options
-from ..patterns import Pattern, causal_pairs, variant_of
+from ..patterns import Pattern, attention_name, causal_pairs, variant_of
 from ..patterns.head_order import imbalance
 from .config import ExperimentConfig
 
@@ -42,9 +42,10 @@ def in_a_line(config: ExperimentConfig) -> str:
     model, T = config.model_with_attention(), config.sequence_length
     patterns = list(layer_patterns(model))
     share = sum(p.attended_pairs(T) for p in patterns) / sum(p.n_heads * causal_pairs(T) for p in patterns)
+    mask = attention_name([p.to_config() for p in patterns], any(p.follows_input for p in patterns))
     return (
         f"{config.name}: {short(model.num_params)} parameters, {short(model.num_active_params)} active; "
-        f"{config.attention['type']} attends {share:.1%} of dense's pairs; {tokens(config)} tokens; "
+        f"{mask} attends {share:.1%} of dense's pairs; {tokens(config)} tokens; "
         f"everything goes to {config.trainer.save_folder}"
     )
 

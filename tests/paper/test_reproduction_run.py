@@ -99,7 +99,9 @@ def test_killed_and_started_again_it_goes_on(words, reproduce, tmp_path: Path):
 def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path: Path):
     """A killed command may leave its training running, which holds the folder; the next command waits for it."""
     said: list[str] = []
-    holding = f"import fcntl, sys; f = open({str(tmp_path / 'lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX)"
+    holding = (
+        f"import fcntl, sys; f = open({str(tmp_path / 'reproduction.lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX)"
+    )
     other = subprocess.Popen(
         [sys.executable, "-c", f"{holding}; print('held', flush=True); sys.stdin.read()"],
         stdin=subprocess.PIPE,

@@ -54,7 +54,8 @@ def test_a_pipe_gets_a_line_a_step_and_a_summary(piped):
     steps = [line for line in lines if line.startswith("step ")]
     assert [line.split(" |")[0] for line in steps if "| loss " in line] == [f"step {n}/20" for n in range(1, 21)]
     assert len(lines) <= 60 and "n/a" not in text and "\x1b" not in text and "warning" not in text
-    assert lines[0].startswith("tiny: ") and "% of dense's pairs" in lines[0] and lines[0].endswith("/tiny-spattention")
+    assert lines[0].startswith("tiny: ") and lines[0].endswith("/tiny-spattention")
+    assert re.search(r"; (sharing|exclusive) attends [\d.]+% of dense's pairs; ", lines[0])  # the mask, not its type
     assert re.search(r"\| held-out \d\.\d{4} \|", steps[9]) and "held-out" not in steps[8]
     assert re.search(r"[\d,]+ tokens/s \| \d+ (s|min) left$", steps[9])
     end = lines[lines.index(steps[-1]) + 1 :]
