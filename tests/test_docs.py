@@ -125,18 +125,19 @@ def undocumented(path: Path) -> Iterator[str]:
 
 
 def test_every_public_name_is_documented_on_its_rooms_page():
-    """A page of the reference names modules, and shows whatever is public in them and has a docstring."""
-    shown = {page.stem: re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE) for page in DOCS.glob("api/*.md")}
-    modules = {}
-    for path in sorted((ROOT / "spattn_olmoe").rglob("*.py")):
-        if path.name not in ("__init__.py", "__main__.py"):
-            modules[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
-    room_of = {name: name.split(".")[1] if name.count(".") > 1 else "common" for name in modules}
-    assert shown == {room: [m for m in modules if room_of[m] == room] for room in room_of.values()}
-    missing = {name: names for name, path in modules.items() if (names := list(undocumented(path)))}
+    """A page shows a room with its modules, a new one too, and whatever is public in them and has a docstring."""
+    package = ROOT / "spattn_olmoe"
+    rooms = sorted(path.parent.name for path in package.glob("*/__init__.py"))
+    assert sorted(page.stem for page in DOCS.glob("api/*.md")) == sorted(["common", *rooms])
+    for room in rooms:
+        whole = f"::: spattn_olmoe.{room}\n    options:\n      show_submodules: true\n"
+        assert whole in (DOCS / "api" / f"{room}.md").read_text()
+    common = re.findall(r"^::: spattn_olmoe\.(\S+)$", (DOCS / "api" / "common.md").read_text(), re.MULTILINE)
+    assert common == sorted(path.stem for path in package.glob("*.py") if path.name != "__init__.py")
+    nav, start = (ROOT / "mkdocs.yml").read_text(), (DOCS / "api.md").read_text()
+    assert all(f"- api/{room}.md" in nav and f"(api/{room}.md)" in start for room in ["common", *rooms])
+    missing = {str(path): names for path in sorted(package.rglob("*.py")) if (names := list(undocumented(path)))}
     assert not missing
-    nav = (ROOT / "mkdocs.yml").read_text()
-    assert all(f"- api/{room}.md" in nav and f"(api/{room}.md)" in (DOCS / "api.md").read_text() for room in shown)
 
 
 @pytest.mark.parametrize(
