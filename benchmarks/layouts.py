@@ -115,9 +115,9 @@ def difference(one: Curve, other: Curve) -> list[float]:
 
 
 class Resumed:
-    """Runs that are stopped and go on under another layout, to be trained in the launches of 1, 2, 4 and again 1 ranks.
+    """Runs that are stopped and resume under another layout, to be trained in the launches of 1, 2, 4 and again 1 ranks.
 
-    One goes from 1 rank to 2 to 4 to 1, two steps each; others leave it after two steps, on 2 ranks. Nothing says in which
+    One goes from 1 rank to 2 to 4 to 1, two steps each; others leave it after two steps, on 2 ranks. Nothing states in which
     order they have their heads: they have that of the checkpoint.
     """
 
@@ -181,6 +181,6 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "recomputing within a budget": (1, recomputing("budget", "activation_memory_budget=0.5")),
     "fsdp+ulysses, recomputing attention": (2, (*ulysses(2), *MODULES)),
 }
-"""What OLMo-core cannot do, or not rightly: number of ranks and overrides. ``check_layout`` says why."""
+"""What OLMo-core cannot do, or not rightly: number of ranks and overrides. ``check_layout`` gives the reasons."""
 
 MICROBATCH = f"train_module.rank_microbatch_size={2 * T}"

@@ -3,7 +3,7 @@
 No time is measured. Gloo processes on this machine's CPU train the tiny float32 model of ``tiny.py`` for five optimiser
 steps under each layout that is let through, and write the largest relative difference from one rank; layouts that are
 refused are written with their reason. Also measured: what the default granularity of the load-balancing loss adds, and runs
-that are stopped and go on under another layout and on another number of ranks.
+that are stopped and resume under another layout and on another number of ranks.
 
     python scripts/benchmark.py parallel            # about ten minutes on two cores
     python scripts/benchmark.py parallel --report   # the tables of docs/parallelism.md again, from the stored results

@@ -6,7 +6,7 @@
     python scripts/benchmark.py training --report            # only the table and the plot, from the stored results
 
 Every setup runs in a process of its own. One that does not fit into the GPU's memory is tried again with half the layers,
-for all masks of the setting, and the result says so. Results are stored after every setting.
+for all masks of the setting, and the result states it. Results are stored after every setting.
 """
 
 from __future__ import annotations

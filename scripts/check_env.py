@@ -1,4 +1,4 @@
-"""Can this machine, or every machine of a job, run a config? Exit code 1 says no.
+"""Can this machine, or every machine of a job, run a config? Exit code 1 means no.
 
 python scripts/check_env.py --config configs/1b7b_spattn.yaml [key=value ...]
 torchrun --nnodes=2 --nproc_per_node=8 ... scripts/check_env.py --config configs/1b7b_spattn.yaml [key=value ...]

@@ -27,7 +27,7 @@ only after a while."""
 class Lock:
     """A folder's lock, held until :meth:`release` or the end of the process, however that ends.
 
-    The file says who holds it: host, job, pid, and since when; empty, it is free. Where the file system has ``flock``, the
+    The file names its holder: host, job, pid, and since when; empty, it is free. Where the file system has ``flock``, the
     kernel frees it with the process. Some have none, or one that other machines do not see: a holder also gives the file
     a new time every :data:`BEAT` seconds, and whoever wants the lock of another machine watches for that, by changes,
     not by clocks.

@@ -23,7 +23,7 @@ def first_problem(items: Sequence[T], check: Callable[[T], str | None]) -> str |
     Each item is checked by one rank. The ranks meet after every item, so none waits for longer than one item takes:
     reading terabytes stays clear of the 15 minutes after which a process group gives up.
 
-    :param check: says what is wrong with an item, in words; what it raises is the caller's.
+    :param check: tells what is wrong with an item, in words; what it raises is the caller's.
     """
     ranks, rank = get_world_size(), get_rank()
     for first in range(0, len(items), ranks):

@@ -88,7 +88,7 @@ def _merged(config: DictConfig, path: str | Path, words: Sequence[str]) -> DictC
 
 
 def _set(config: DictConfig, word: str) -> None:
-    """Put a word's value where its key says; a mapping is merged into the one that is there, a list replaces it."""
+    """Put a word's value where its key points; a mapping is merged into the one that is there, a list replaces it."""
     key, equals, text = word.partition("=")
     if not equals or word.startswith("-") or not _KEY.fullmatch(key):
         raise ValueError(f"argument {_short(word)!r} is no key=value")
@@ -179,7 +179,7 @@ def _resolvers() -> None:
 
 @contextlib.contextmanager
 def _one_line(where: str) -> Iterator[None]:
-    """Turn errors of YAML and OmegaConf into one line that says where, and which key is the nearest."""
+    """Turn errors of YAML and OmegaConf into one line that names the place and the nearest key."""
     try:
         yield
     except yaml.YAMLError as error:

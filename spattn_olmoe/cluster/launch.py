@@ -85,7 +85,7 @@ def plan_run(profile: Profile, config: str, overrides: list[str], trusted: Seque
 
 
 def check_memory(profile: Profile, config: ExperimentConfig) -> None:
-    """Raise where the estimate says that the run does not fit a GPU of the cluster."""
+    """Raise where by the estimate the run does not fit a GPU of the cluster."""
     if profile.gpu is None:
         return
     gpu = GPUS[profile.gpu]

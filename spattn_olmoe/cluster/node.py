@@ -245,7 +245,7 @@ def checkpoints_kept(config: ExperimentConfig) -> int:
 
 
 def data(config: ExperimentConfig) -> Iterator[Row]:
-    """Whether the data are there and are what the config says: what a run checks before its first step."""
+    """Whether the data are there and agree with the config: what a run checks before its first step."""
     try:
         files = data_files(config.dataset)
         check_data(config)

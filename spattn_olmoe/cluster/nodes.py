@@ -131,7 +131,9 @@ def all_reduce_here() -> Row:
             torch.multiprocessing.spawn(_reduce, args=(size, folder, str(out)), nprocs=size)
         except Exception as error:  # the library's errors have no common type
             reason = str(error).strip().splitlines()[-1]
-            return Row("all-reduce", FAIL, reason, "NCCL_DEBUG=INFO says more on GPUs; see host name and network above")
+            return Row(
+                "all-reduce", FAIL, reason, "NCCL_DEBUG=INFO prints more on GPUs; see host name and network above"
+            )
         status, found, remedy = out.read_text().split("\n")
         return Row("all-reduce", status, found, remedy)
 

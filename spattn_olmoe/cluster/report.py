@@ -25,7 +25,7 @@ def memory_table(config: ExperimentConfig, ranks: int) -> Table:
         table = Table("memory of a GPU", "GB", min_width=100)
         table.add_row("not estimated", str(error))
         return table
-    return _parts(needed, f"{ranks} ranks, {layout}. An estimate: docs/cluster.md says how good.")
+    return _parts(needed, f"{ranks} ranks, {layout}. An estimate: docs/cluster.md tells how good.")
 
 
 def _parts(needed: Memory, caption: str) -> Table:

@@ -80,7 +80,7 @@ class DataConfig:
     max_reject_share: float = 0.01
     """Stop when more than this share of the documents is rejected."""
     when_exhausted: str = "continue"
-    """When a weighted source ends: go on with the others (``continue``) or ``stop``, which keeps the shares."""
+    """When a weighted source ends: continue with the others (``continue``) or ``stop``, which keeps the shares."""
     shuffle_files: bool = True
     """Read files in an order drawn by ``seed`` instead of by name, so that a part of a corpus is a sample of it."""
     seed: int = 0

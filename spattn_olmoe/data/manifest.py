@@ -212,7 +212,7 @@ def check_summary(manifest: Manifest) -> None:
 def verify_shard(manifest: Manifest, shard: Shard) -> None:
     """Read every byte of one shard: its SHA-256, and that every id is in the vocabulary.
 
-    :raises ValueError: it is not what the manifest says.
+    :raises ValueError: it is not what the manifest states.
     """
     _check_shard(manifest, shard, hashes=True)
 

@@ -40,7 +40,7 @@ class SourceProgress:
 
 @dataclass
 class Progress:
-    """Everything a later run needs to go on, and what the summary shows."""
+    """Everything a later run needs to resume, and what the summary shows."""
 
     sources: list[SourceProgress]
     mixture: dict[str, Any] | None = None

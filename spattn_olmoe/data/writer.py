@@ -75,7 +75,7 @@ class ShardWriter:
     def checkpoint(self) -> dict[str, Any]:
         """Make everything written durable.
 
-        :returns: what a later writer needs to go on from here.
+        :returns: what a later writer needs to continue from here.
         """
         if self._file is not None:
             self._file.flush()

@@ -1,4 +1,4 @@
-"""Two results over the same questions: what can be said of their difference."""
+"""Two results over the same questions: what follows about their difference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint opened: what it says about itself is checked first, then its model and tokenizer are loaded."""
+"""A checkpoint opened: what it records about itself is checked first, then its model and tokenizer are loaded."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _CONFIG = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint says about itself, before its weights are read.
+    """What a checkpoint records about itself, before its weights are read.
 
     :param path: the checkpoint's own folder, ``.../stepN``.
     :param config: its ``config.json``.
@@ -264,7 +264,7 @@ def _device(name: str) -> torch.device:
 
 
 def _check_fingerprint(path: str, model: TransformerConfig) -> None:
-    """Raise unless a checkpoint says what attention it was trained with, and its config says the same."""
+    """Raise unless a checkpoint records the attention that it was trained with, and its config agrees."""
     stated, described = Fingerprint.read(path), Fingerprint.of(model)
     if stated is None:
         raise ValueError(
@@ -273,5 +273,5 @@ def _check_fingerprint(path: str, model: TransformerConfig) -> None:
         )
     if stated != described:
         raise ValueError(
-            f"checkpoint {path} contradicts itself: {FILE_NAME} says {stated}, config.json {described}; restore both files"
+            f"checkpoint {path} contradicts itself: {FILE_NAME} states {stated}, config.json {described}; restore both files"
         )

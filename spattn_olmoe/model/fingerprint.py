@@ -1,4 +1,4 @@
-"""What a checkpoint says about its attention.
+"""What a checkpoint records about its attention.
 
 All attention types have the same parameters, so no loader can notice the wrong one. Every checkpoint therefore carries
 ``attention.json``: the pattern of every layer and the shape of the model. It is checked before anything is loaded.
@@ -66,14 +66,14 @@ def _completed(layer: dict[str, Any]) -> dict[str, Any]:
     """A layer's pattern with the options that did not exist yet when it was written, at their defaults."""
     try:
         return build_pattern(**layer).to_config()
-    except (ValueError, TypeError):  # of a type or with an option that is not known here: it stays what it says
+    except (ValueError, TypeError):  # of a type or with an option that is not known here: it stays as recorded
         return layer
 
 
 def check_checkpoint(checkpoint: str, model: TransformerConfig, *, allow_attention_change: bool) -> str | None:
     """Raise unless a checkpoint's attention and shape are those of ``model``.
 
-    :param allow_attention_change: let another attention type pass; the returned text says what changed.
+    :param allow_attention_change: let another attention type pass; the returned text names what changed.
     :raises ValueError: they differ, or the checkpoint does not say.
     """
     here, there = Fingerprint.of(model), Fingerprint.read(checkpoint)

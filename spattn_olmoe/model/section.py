@@ -20,7 +20,7 @@ BASELINE = "standard"
 """The type of layers that ``attention.layers`` leaves out."""
 
 AUTO = "auto"
-"""The value of ``attention.head_order`` that leaves it to the layout, or to the checkpoint that a run goes on from."""
+"""The value of ``attention.head_order`` that leaves it to the layout, or to the checkpoint that a run resumes from."""
 
 HYBRIDS: dict[str, Callable[[int, int], Sequence[int]]] = {
     "dense_first": lambda n, quarter: range(quarter),
@@ -37,7 +37,7 @@ _SECTION = ("type", "band_length", "impl", "layers")
 def attach(
     model: TransformerConfig, section: Mapping[str, Any], *, band_length: int, ranks: int = 1
 ) -> TransformerConfig:
-    """A copy of a model config that attends as an ``attention:`` section says.
+    """A copy of a model config that attends as an ``attention:`` section states.
 
     Keys are ``type``, ``band_length``, ``impl``, ``layers`` and the options of any attention type: those of other types
     are allowed and not read (:func:`unread_options`), so that one base config serves all. ``head_order: auto`` is

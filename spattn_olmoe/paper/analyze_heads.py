@@ -37,7 +37,7 @@ def main(
     ids = cut(text, length or checkpoints[0].sequence_length, sequences)
     found: dict[str, dict[str, Any]] = {}
     for checkpoint in checkpoints:
-        HeldOut.read(checkpoint, text.directory, 1)  # says so where the text is of another tokenizer
+        HeldOut.read(checkpoint, text.directory, 1)  # raises where the text is of another tokenizer
         layers = list(checkpoint.layers)
         attention = attention_name(layers, layers[0]["follows_input"])
         module = checkpoint.load()

@@ -237,7 +237,7 @@ class Pattern(ABC):
         """Exact number of (query, key) pairs over all heads for an input of ``T`` tokens (default ``N``).
 
         O(H) for interval patterns. FLOPs and sparsity are computed from it. Where the pattern follows the content it
-        is an expected number, rounded; what is expected of the content is said by the pattern.
+        is an expected number, rounded; the pattern states what it expects of the content.
         """
         return sum(self.attended_pairs_per_head(T))
 

@@ -26,7 +26,7 @@ class Hash(NamedTuple):
     seed: int
 
     def buckets(self, x_BTHD: Tensor, heads: Sequence[int]) -> Tensor:
-        """The bucket of every vector in every round, int64 ``(rounds, B, H, T)``; ``heads`` says which rotations, ``(H,)``."""
+        """The bucket of every vector in every round, int64 ``(rounds, B, H, T)``; ``heads`` chooses the rotations, ``(H,)``."""
         D = x_BTHD.shape[-1]
         exact = torch.promote_types(x_BTHD.dtype, torch.float32)
         x = x_BTHD.detach().to(exact)

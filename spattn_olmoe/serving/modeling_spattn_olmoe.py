@@ -1,7 +1,7 @@
 """OLMoE whose heads attend their own distances, for transformers (5.13 or newer). This file needs torch and transformers only.
 
 Load the folder that it lies in with ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. Weights,
-names and everything but the mask are transformers' own ``OlmoeForCausalLM``. Which keys a query attends is said by
+names and everything but the mask are transformers' own ``OlmoeForCausalLM``. Which keys a query attends is stated by
 ``attention_rules`` in ``config.json``, layer by layer and head by head (see :class:`AttentionRule`);
 ``attention_patterns`` names what those rules are. With the package ``spattn_olmoe`` installed its kernels compute whole
 sequences; without it FlexAttention does on CUDA, and PyTorch's SDPA, some queries at a time, elsewhere.

@@ -82,7 +82,7 @@ def write_pages(kv_cache: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> 
 
 
 def require_vllms_constants(config: Any) -> None:
-    """vLLM's OLMoE has these in its code, whatever a config says."""
+    """vLLM's OLMoE has these in its code, whatever a config states."""
     for key, value in (("rms_norm_eps", 1e-5), ("norm_topk_prob", False), ("clip_qkv", None)):
         if getattr(config, key) != value:
             raise ValueError(f"config.{key}={getattr(config, key)!r}: vLLM's OLMoE computes with {value!r}")

@@ -29,11 +29,11 @@ class SaveError(OLMoCheckpointError):
 
 @dataclass
 class SafeCheckpointer(CheckpointerCallback):
-    """OLMo-core's checkpointer, which says what to do where a checkpoint cannot be saved, and saves no NaN.
+    """OLMo-core's checkpointer, which names the remedy where a checkpoint cannot be saved, and saves no NaN.
 
     The run ends then, for it would train on without a net. Earlier checkpoints are not touched.
 
-    What a signal makes a run save is temporary: the run that goes on from it removes it once it has saved the next.
+    What a signal makes a run save is temporary: the run that resumes from it removes it once it has saved the next.
     """
 
     def pre_train(self) -> None:
@@ -95,7 +95,7 @@ class SafeCheckpointer(CheckpointerCallback):
         if not is_url(self.save_folder):
             free = f"{shutil.disk_usage(self.save_folder).free / 2**30:.1f} GiB are free in {self.save_folder}. "
         return (
-            f"{free}Earlier checkpoints are intact, and the same command goes on from the newest. If space (or quota) was "
+            f"{free}Earlier checkpoints are intact, and the same command resumes from the newest. If space (or quota) was "
             "lacking, free some first, or copy the newest into another trainer.save_folder"
         )
 

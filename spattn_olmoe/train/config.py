@@ -33,7 +33,7 @@ class ExperimentConfig(Config):
     """One training run. Sections are OLMo-core's classes; see their documentation for their keys.
 
     :param attention: the attention type and its options, see :func:`spattn_olmoe.model.section.attach`.
-    :param model: the model. Its attention is replaced as ``attention`` says.
+    :param model: the model. Its attention is replaced as ``attention`` states.
     :param name: what the run is called; part of its save folder in the shipped configs.
     :param init_seed: seed of data order aside, everything random: initial weights first of all.
     :param allow_attention_change: load a checkpoint that was trained with another attention type.

@@ -166,7 +166,7 @@ class SkipNonFinite(Callback):
 
 
 def survive_evaluations(trainer: Trainer) -> None:
-    """Let training go on where an evaluation in the loop raises, with the traceback in the log."""
+    """Continue training where an evaluation in the loop raises, with the traceback in the log."""
     for callback in trainer.callbacks.values():
         if isinstance(callback, EvaluatorCallback):
             callback.perform_eval = functools.partial(_evaluate, callback.perform_eval)  # type: ignore[method-assign]
@@ -177,7 +177,7 @@ def _evaluate(evaluate: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         evaluate(*args, **kwargs)
     except Exception:  # an evaluation must not cost a run; a rank that fails alone is waited for, and then times out
         log.exception(
-            "evaluation failed; training goes on without its metrics (trainer.no_evals=true turns evaluations off)"
+            "evaluation failed; training continues without its metrics (trainer.no_evals=true turns evaluations off)"
         )
 
 

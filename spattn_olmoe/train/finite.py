@@ -1,4 +1,4 @@
-"""Whether what a run would save or go on from is made of numbers."""
+"""Whether what a run would save or resume from is finite."""
 
 from __future__ import annotations
 

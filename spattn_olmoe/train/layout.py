@@ -90,7 +90,7 @@ class Layout:
 
     @classmethod
     def of(cls, config: ExperimentConfig, ranks: int) -> Layout:
-        """The layout that a config asks for on a number of ranks; :func:`check_layout` says whether it can be.
+        """The layout that a config asks for on a number of ranks; :func:`check_layout` tells whether it can be.
 
         :raises ValueError: pipeline parallelism, ring attention or a way of checkpointing that is not modelled.
         """

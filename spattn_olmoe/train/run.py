@@ -78,7 +78,7 @@ def prepare(config: ExperimentConfig, *, verify_data: bool = False, verbose: boo
         checkpoint = checkpoint_to_load(config, passing_over=passed_over)
         if checkpoint is None:
             raise ValueError(
-                f"no checkpoint to go on from is finite: {', '.join(passed_over)}; start in another folder"
+                f"no checkpoint to resume from is finite: {', '.join(passed_over)}; start in another folder"
             )
     check_work_left(trainer)
     return trainer
@@ -228,7 +228,7 @@ def _check_experts(model: TransformerConfig) -> None:
             )
 
 
-# ---- the checkpoint to go on from ------------------------------------------------------------------------------------
+# ---- the checkpoint to resume from ------------------------------------------------------------------------------------
 
 
 def checkpoint_to_load(
@@ -282,7 +282,7 @@ def check_resume(config: ExperimentConfig, checkpoint: str | None) -> Experiment
 def with_order_of(config: ExperimentConfig, checkpoint: str | None) -> ExperimentConfig:
     """A config whose ``attention.head_order: auto`` is what a checkpoint of its attention type has.
 
-    The order is part of the function that a model computes, so a run goes on with it under any layout.
+    The order is part of the function that a model computes, so a run keeps it under any layout.
     """
     fingerprint = Fingerprint.read(checkpoint) if checkpoint is not None else None
     if fingerprint is None or config.attention.get("head_order", AUTO) not in (AUTO, None):
@@ -300,7 +300,7 @@ def load(trainer: Trainer, checkpoint: str) -> None:
     """Load the checkpoint that was found intact, before the trainer would look for one by itself."""
     own = _is_own(trainer.save_folder, checkpoint)
     if own and trainer.load_path is not None:
-        log.warning("trainer.load_path=%s is passed over: the run goes on from %s", trainer.load_path, checkpoint)
+        log.warning("trainer.load_path=%s is passed over: the run resumes from %s", trainer.load_path, checkpoint)
     log.info("resuming from %s", checkpoint)
     whole = True if own else None  # as Trainer.fit: all of a run's own state, else as the trainer is configured
     with reading(checkpoint):

@@ -1,4 +1,4 @@
-"""A run's token shards: the files, whether they are there and what the config says, and whether they are unchanged."""
+"""A run's token shards: the files, whether they are there and agree with the config, and whether they are unchanged."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _folders(files: Iterable[str]) -> list[Path]:
 
 
 def check_data(config: ExperimentConfig) -> None:
-    """Raise unless the data, held-out data too, are there and are what the config says, as far as sizes and a few ids tell."""
+    """Raise unless the data, held-out data too, are there and agree with the config, as far as sizes and a few ids tell."""
     T = config.sequence_length
     verified: set[Path] = set()
     for key, dataset, length in [
@@ -172,7 +172,7 @@ def check_same_data(config: ExperimentConfig, checkpoint: str) -> None:
     before, now = next(pair for pair in zip_longest(there, here) if pair[0] != pair[1])
     raise ValueError(
         f"dataset.paths: checkpoint {checkpoint} was trained on {_named(before)} where there is {_named(now)} now: restore the "
-        "data, or set data_loader.ignore_fingerprint_mismatch=true to go on with other text"
+        "data, or set data_loader.ignore_fingerprint_mismatch=true to continue with other text"
     )
 
 

@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 class WandB(WandBCallback):
     """Weights & Biases that never stops a run.
 
-    Without an API key it logs offline (``wandb sync`` uploads later), without the package not at all, each said once.
-    A run that is resumed stays one run: its id is kept in the save folder. Once wandb fails, training goes on without.
+    Without an API key it logs offline (``wandb sync`` uploads later), without the package not at all, with one line about it.
+    A run that is resumed stays one run: its id is kept in the save folder. Once wandb fails, training continues without.
 
     :param mode: ``auto`` (online with a key, else offline), ``online``, ``offline`` or ``disabled``.
     """
@@ -108,4 +108,4 @@ class WandB(WandBCallback):
 
     def _give_up(self, why: str) -> None:
         self.enabled = False
-        log.warning("wandb is off for the rest of this run: %s. Metrics go on to %s.", why, METRICS_FILE)
+        log.warning("wandb is off for the rest of this run: %s. Metrics are still written to %s.", why, METRICS_FILE)

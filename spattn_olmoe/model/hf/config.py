@@ -21,7 +21,7 @@ MODELING_FILE = "modeling_spattn_olmoe.py"
 def hf_config(
     model: TransformerConfig, *, max_length: int, eos_token_id: int, pad_token_id: int, dtype: str
 ) -> dict[str, Any]:
-    """What ``config.json`` of an export says. Dense models are plain ``olmoe``, which every tool reads.
+    """The contents of an export's ``config.json``. Dense models are plain ``olmoe``, which every tool reads.
 
     :param max_length: tokens of a training sequence, ``max_position_embeddings``.
     :raises ValueError: the model is not the published OLMoE, or a layer's mask cannot be exported.
@@ -61,7 +61,7 @@ def hf_config(
 
 
 def _identity(model: TransformerConfig) -> dict[str, Any]:
-    """The architecture, and under patterns all that says what is attended."""
+    """The architecture, and under patterns everything that states what is attended."""
     patterns = list(layer_patterns(model))
     rules = [rule_of(pattern) for pattern in patterns]
     if all(map(is_dense, rules)):

@@ -34,7 +34,7 @@ def import_published(
 
     :param source: a folder of safetensors, sharded or not, experts one by one or fused.
     :param to: a folder that does not exist yet.
-    :param experiment: what the checkpoint's ``config.json`` says besides the model.
+    :param experiment: what the checkpoint's ``config.json`` holds besides the model.
     :param model: the model that the weights must be of; its attention is taken as dense.
     :param yaml: where ``model`` comes from, for messages.
     :returns: the model as the checkpoint has it.

@@ -1,6 +1,6 @@
 """What OLMo-core 3.0.0 gets wrong for these models, and what is put right: one module each, all applied at once.
 
-Every remedy says what is wrong without it, and refuses to touch another release. A test per remedy fails as soon as
+Every remedy names what is wrong without it, and refuses to touch another release. A test per remedy fails as soon as
 OLMo-core no longer needs it.
 """
 

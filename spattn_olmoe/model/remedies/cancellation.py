@@ -1,7 +1,7 @@
 """Ranks agree on the step at which a signal ends the run.
 
 OLMo-core asks all ranks in a thread of its own whether the run is cancelled, and reads the answer without waiting for
-it. A rank that reads it one step before another stops there and saves, while the other goes on into the next step: their
+it. A rank that reads it one step before another stops there and saves, while the other enters the next step: their
 collectives no longer match, and the run hangs. Here every rank waits for the answer.
 """
 

@@ -74,7 +74,7 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class OneHop(Task):
-    """One-hop recall: a *pair token* says a key and its value at once; the key's query token, later, asks for the pair.
+    """One-hop recall: a *pair token* states a key and its value at once; the key's query token, later, asks for the pair.
 
     One look back answers it, by any head that attends that distance, in any layer. Distances are uniform over 1 to
     ``T - 1``, so that no band is practised more often than another.

@@ -106,7 +106,7 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train one model; its measurements over the steps.
 
-    :param state: where the run keeps itself at every measurement, so that it can go on after an interruption.
+    :param state: where the run keeps itself at every measurement, so that it can resume after an interruption.
     :returns: one entry per measurement: ``step``, ``loss`` (mean over the steps since the last), and what
         :func:`measure` gives.
     """
