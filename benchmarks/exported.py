@@ -6,15 +6,17 @@ OLMo-core nor this package can be imported, ``result`` writes down what it found
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 TOLERANCE, NEW = 1e-4, 12
+
+RESULT = Path("benchmarks/results/cpu/exported.json")
 
 
 def models(work: Path) -> list[Path]:
@@ -125,29 +127,22 @@ def check(work: Path) -> None:
     (work / "exported.json").write_text(json.dumps({"transformers": transformers.__version__, "models": rows}))
 
 
-def result(work: Path, out: Path) -> None:
+def result(work: Path) -> None:
     """Write the result file, and fail where a model differs."""
     from spattn_olmoe import machine
 
     found = json.loads((work / "exported.json").read_text())
-    machine.write_json(out, {"machine": machine.describe("cpu") | {"command": "bash benchmarks/exported.sh"}, **found})
+    machine.write_json(
+        RESULT, {"machine": machine.describe("cpu") | {"command": "bash benchmarks/exported.sh"}, **found}
+    )
     for row in found["models"]:
         true = [*row["as_native"].values(), *row["refused"].values(), row["saved_bit_for_bit"]]
         if not all(true) or max(row["differences"].values()) > TOLERANCE:
-            raise SystemExit(f"{row['model']} is not the native model: see {out}")
+            raise SystemExit(f"{row['model']} is not the native model: see {RESULT}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["native", "check", "result"])
-    parser.add_argument("work", type=Path, help="the folder that benchmarks.serving prepared")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu/exported.json"))
-    args = parser.parse_args()
-    if args.step == "result":
-        result(args.work, args.out)
-    else:
-        {"native": native, "check": check}[args.step](args.work)
-
+STEPS = {"native": native, "check": check, "result": result}
 
 if __name__ == "__main__":
-    main()
+    step, work = sys.argv[1:]
+    STEPS[step](Path(work))

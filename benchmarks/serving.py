@@ -7,9 +7,9 @@ result. Prompts are served as one batch, with chunked prefill and prefix caching
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "max_num_batched_tokens": 64,
     },
 }
+
+RESULT = Path("benchmarks/results/cpu/serving.json")
 
 
 def folder_of(work: Path, name: str) -> Path:
@@ -132,7 +134,7 @@ def answer(output: Any) -> dict[str, Any]:
     return {"tokens": new, "logprobs": prompt + [s[t].logprob for s, t in zip(completion.logprobs, new, strict=True)]}
 
 
-def compare(work: Path, out: Path) -> None:
+def compare(work: Path) -> None:
     """The native model's tokens and log-probabilities against vLLM's, into a result file."""
     import torch
 
@@ -166,22 +168,13 @@ def compare(work: Path, out: Path) -> None:
         "new_tokens": NEW,
         "runs": rows,
     }
-    machine.write_json(out, result)
+    machine.write_json(RESULT, result)
     if not all(row["same_tokens"] and row["logprob_difference"] < TOLERANCE for row in rows):
-        raise SystemExit(f"vLLM and the native model differ by more than {TOLERANCE}: see {out}")
+        raise SystemExit(f"vLLM and the native model differ by more than {TOLERANCE}: see {RESULT}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["prepare", "serve", "compare"])
-    parser.add_argument("work", type=Path, help="a folder for models and prompts")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu/serving.json"))
-    args = parser.parse_args()
-    if args.step == "compare":
-        compare(args.work, args.out)
-    else:
-        {"prepare": prepare, "serve": serve}[args.step](args.work)
-
+STEPS = {"prepare": prepare, "serve": serve, "compare": compare}
 
 if __name__ == "__main__":
-    main()
+    step, work = sys.argv[1:]
+    STEPS[step](Path(work))

@@ -28,7 +28,7 @@ def take_turns(
 ) -> dict[str, Timing]:
     """Time every call once a round, for about so many seconds in all, and at least ``rounds[0]`` rounds.
 
-    On a GPU: time between two events, behind a pause in which the host queues the launches, and with a cold L2 cache.
+    On a GPU: time between two events, after a pause in which the host queues the launches, and with a cold L2 cache.
     The host's own overhead is therefore not in it.
     """
     timer = _gpu_ms if device == "cuda" else _cpu_ms

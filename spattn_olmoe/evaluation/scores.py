@@ -219,7 +219,7 @@ def write(results: dict[str, Any], path: Path) -> None:
 def read(path: str | Path) -> dict[str, Any]:
     """Read results that :func:`write` wrote.
 
-    :raises ValueError: the file is not there, or none of ours.
+    :raises ValueError: the file is missing, or not written by this package.
     """
     try:
         results = read_json(path)

@@ -147,7 +147,7 @@ def _shares(stack: Stack, second: Tensor) -> list[Tensor]:
 def _stacked(
     stack: Stack, parts: list[Tensor], dtype: torch.dtype, factors: list[Tensor] | list[float] | None = None
 ) -> Tensor:
-    """Parts ``(rows, tokens, heads, D)``, times a factor each, as ``(strips, chunks * C, D)``; zeros behind each."""
+    """Parts ``(rows, tokens, heads, D)``, times a factor each, as ``(strips, chunks * C, D)``; zeros after each."""
     x = torch.empty(stack.size, stack.chunks * stack.chunk, parts[0].shape[3], dtype=dtype)
     for i, (view, part) in enumerate(zip(_views(stack, x), parts, strict=True)):
         length = part.shape[1]

@@ -48,7 +48,7 @@ def document_starts(cu_doc_lens: Tensor, B: int, T: int) -> Tensor:
 
 
 def document_bounds(cu_doc_lens: Tensor, B: int, T: int) -> tuple[Tensor, Tensor]:
-    """For every token where in its row its document starts, and the position behind its end: int32 ``(B, T)`` each.
+    """For every token where in its row its document starts, and the position after its end: int32 ``(B, T)`` each.
 
     Made once per ``cu_doc_lens`` and shared by all layers; under torch.compile part of the graph.
     """

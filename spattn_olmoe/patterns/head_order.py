@@ -53,7 +53,7 @@ def rank_loads(loads: Sequence[int], degree: int) -> list[int]:
 
 
 def imbalance(loads: Sequence[int], degree: int) -> float:
-    """The load of the busiest rank over the mean of all: 1 where ranks wait for no one."""
+    """The load of the busiest rank over the mean of all: 1.0 is perfectly balanced."""
     ranks = rank_loads(loads, degree)
     return max(ranks) * degree / sum(ranks)
 

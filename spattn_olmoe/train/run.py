@@ -85,7 +85,7 @@ def prepare(config: ExperimentConfig, *, verify_data: bool = False, verbose: boo
 
 
 def check_work_left(trainer: Trainer) -> None:
-    """Raise where there is nothing to train on, or a run is already behind its own end.
+    """Raise where there is nothing to train on, or a run is already past its own end.
 
     :raises ValueError: the data is smaller than a batch, or ``trainer.max_duration`` less than what was trained.
     """

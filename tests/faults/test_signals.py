@@ -89,7 +89,7 @@ def test_sigterm_in_an_evaluation_lets_it_end_and_saves(unbroken, new_run, data)
 def test_an_evaluation_that_raises_does_not_end_the_run(unbroken, new_run, data):
     run = new_run(evaluation(data))
     assert run(inject("InEvaluation", at=6, error="true")) == 0, run.log
-    assert run.log.count("evaluation failed; training goes on") == 1
+    assert run.log.count("evaluation failed; training continues") == 1
     assert "ConnectionError: the evaluation's data is gone" in run.log
     assert "Finished lm evals" in run.messages()  # the one at step 12
     assert run.curve == unbroken.curve

@@ -34,7 +34,7 @@ def banded_forward(
     :param intervals: ``lo, hi, lo, hi`` of each local head, flat.
     :param scale: not negative.
     :param doc_start: for every token the position at which its document starts, int32 ``(B, T)``; ``doc_end``: the
-        position behind its last token, for the backward pass.
+        position after its last token, for the backward pass.
     :returns: the output ``(B, T, H, D)``, and the base-2 log-sum-exp of every row's scores, float32 ``(B, H, T)``.
     """
     B, T, H, D = q.shape

@@ -81,7 +81,7 @@ def tile_of(t, tiles0, lo0, hi0, begin0, lo1, hi1, begin1, BLOCK: tl.constexpr):
 
 @triton.jit
 def within_cache(intervals_ptr, head, index: tl.constexpr, position, pad, S):
-    """Keys of one interval for the query at ``position`` of a cache of ``S``, behind its padding: ``(begin, length)``."""
+    """Keys of one interval for the query at ``position`` of a cache of ``S``, after its padding: ``(begin, length)``."""
     lo = tl.load(intervals_ptr + head * 4 + index * 2)
     hi = tl.load(intervals_ptr + head * 4 + index * 2 + 1)
     begin = tl.maximum(position - hi + 1, pad)

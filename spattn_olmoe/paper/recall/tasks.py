@@ -147,7 +147,7 @@ class TwoHop(Task):
 
     :param vocab: tokens; keys are from ``1 .. vocab / 2 - 1``, values from the upper half. 0 fills the rest.
     :param power: in hundredths, ``a`` of the places' distribution ``p(g) ~ a g^(a - 1)``: 100 is uniform, and the
-        published setting, 1, puts most queries close behind the pairs.
+        published setting, 1, puts most queries close after the pairs.
     """
 
     vocab: int = 8192
