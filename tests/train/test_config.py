@@ -215,20 +215,20 @@ def test_what_cannot_be_trained_is_refused_on_any_machine(overrides, said):
 # ---- the shipped configs ---------------------------------------------------------------------------------------------
 
 
-CONTINUED = "1b7b_from_olmoe.yaml"
-"""Trains on from published weights, with a schedule of its own."""
+CONTINUED = ["1b7b_from_olmoe.yaml", "1b7b_spattn_16k.yaml", "1b7b_spattn_64k.yaml"]
+"""Train on from weights that are there, with a schedule of their own."""
 
 
-def test_there_are_seventeen():
-    assert len(CONFIGS) == 17
-    assert CONTINUED in CONFIGS
+def test_there_are_nineteen():
+    assert len(CONFIGS) == 19
+    assert set(CONTINUED) < set(CONFIGS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_shipped_config_loads_and_passes_its_checks(name):
     config = load_experiment(ROOT / "configs" / name)
     check(config)
-    type_ = "spattention" if name in ("quickstart.yaml", CONTINUED) else name.removesuffix(".yaml").partition("_")[2]
+    type_ = "spattention" if name in ("quickstart.yaml", *CONTINUED) else name.removesuffix(".yaml").partition("_")[2]
     assert {p.name for p in layer_patterns(config.model_with_attention())} == {TYPES.get(type_, type_)}
 
 
@@ -244,7 +244,7 @@ def test_a_shipped_config_has_the_published_parameters(name):
     assert sum(p.numel() for p in built.parameters()) == model.num_params
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("quickstart.yaml", CONTINUED)])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("quickstart.yaml", *CONTINUED)])
 def test_a_shipped_config_differs_from_its_base_in_the_attention_type_only(name):
     base = ROOT / "configs" / "base" / f"{name.partition('_')[0]}.yaml"
     ours, theirs = (without_type(read(path)) for path in (ROOT / "configs" / name, base))

@@ -104,6 +104,30 @@ def test_another_attention_type_is_refused_on_resume_and_allowed_when_asked(
     assert list(losses(tmp_path / "runs/tiny-eball")) == [13]
 
 
+def test_a_run_is_continued_at_a_longer_length_with_wider_bands(tiny_yaml: Path, unbroken: Path, tmp_path: Path):
+    """What configs/1b7b_spattn_16k.yaml does with a run at 4096 tokens."""
+    done = run_training(
+        tiny_yaml,
+        "name=longer",
+        "attention.type=spattention",
+        "allow_attention_change=true",
+        "dataset.sequence_length=128",
+        "train_module.rank_microbatch_size=128",
+        "model.block.sequence_mixer.rope.theta=100000",
+        f"trainer.load_path={unbroken}",
+        "trainer.load_trainer_state=false",
+        "trainer.load_optim_state=false",
+        "trainer.max_duration.value=2",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = tmp_path / "runs/longer-spattention"
+    assert list(losses(run)) == [1, 2]  # a schedule of its own
+    assert losses(run)[1] < losses(unbroken)[6] < losses(unbroken)[1]  # from trained weights
+    mixer = json.loads((run / "step2/config.json").read_text())["model"]["block"]["sequence_mixer"]
+    assert (mixer["pattern"]["band_length"], mixer["rope"]["theta"]) == (128, 100000)
+
+
 BAD = {
     "unknown key": (["model.n_layer=2"], "n_layers"),
     "unknown option": (["attention.local_sharin=true"], "local_sharing"),
