@@ -134,11 +134,15 @@ class Job:
     def nodes(self) -> list[str]:
         return self.cluster.run("scontrol", "show", "hostnames", self.record["NodeList"]).split()
 
+    def lift_time_limit(self) -> None:
+        """No more notices: on a busy machine they would come between the other events."""
+        self.cluster.run("scontrol", "update", f"JobId={self.id}", "TimeLimit=120")
+
     def kill_a_rank(self, saved: bool = True) -> None:
         """SIGKILL to the rank of the second machine, by default when there is a newer checkpoint than now."""
         before = self.saved
         self.wait(lambda: self.saved > before or not saved, "a newer checkpoint")
-        os.kill(ranks(self.cluster, self.nodes()[1])[0], signal.SIGKILL)
+        os.kill(self.cluster.ranks(self.nodes()[1])[0], signal.SIGKILL)
 
     def finish(self) -> None:
         self.brake.unlink(missing_ok=True)
@@ -160,6 +164,7 @@ def disturb(job: Job) -> None:
     for restarts in (1, 2):
         job.advance()
         job.back(restarts, "time limit", "notified: back into the queue")
+    job.lift_time_limit()
 
     job.advance()
     preempt(cluster)
@@ -214,6 +219,7 @@ def crash(job: Job) -> None:
     job.note("a rank killed again", "it has crashed 2 times: not tried again")
     submitted = time.time()
     job.submit()
+    job.lift_time_limit()
     heartbeat = job.run / "heartbeat"
     job.wait(lambda: heartbeat.exists() and heartbeat.stat().st_mtime > submitted, "a step")
     job.kill_a_rank(saved=False)
@@ -235,16 +241,6 @@ def cancel(job: Job) -> None:
         )
 
 
-def ranks(cluster: SlurmCluster, node: str) -> list[int]:
-    """The training processes on a machine, without their launcher and helpers."""
-    return [
-        pid
-        for pid in cluster.processes(node, "scripts/train.py")
-        if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes()
-        and "torch.distributed.run" not in Path(f"/proc/{pid}/cmdline").read_text()
-    ]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="must not exist; all machines of a cluster would see it")
     parser.add_argument("--results", type=Path, default=machine.results_folder("cpu") / "cluster.json")
@@ -262,6 +258,8 @@ def run(args: argparse.Namespace) -> int:
         for name, what in zip(jobs, (disturb, Job.finish, cancel, crash), strict=True):
             jobs[name].brake.touch()
             jobs[name].submit()
+            if what is not disturb:
+                jobs[name].lift_time_limit()
             what(jobs[name])
         record["result"] = result = {
             "slurm": cluster.run("sinfo", "--version").split()[1],

@@ -189,16 +189,26 @@ class SlurmCluster:
         subprocess.run(["nsenter", f"--target={child}", "--mount", "--pid", "sh", "-c", command], check=True)
 
     def processes(self, node: str, words: str) -> Iterator[int]:
-        """The processes on a machine whose command line has certain words, as this machine numbers them."""
+        """The processes of jobs on a machine whose command line has certain words, as this machine numbers them."""
+        marks = {f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.folder}/slurm.conf"}  # other clusters have a node1, too
         for proc in Path("/proc").glob("[0-9]*"):
             try:
-                if (
-                    words in (proc / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                    and f"SLURMD_NODENAME={node}\0".encode() in (proc / "environ").read_bytes()
-                ):
+                if words not in (proc / "cmdline").read_bytes().replace(b"\0", b" ").decode():
+                    continue
+                if marks <= set((proc / "environ").read_bytes().decode(errors="replace").split("\0")):
                     yield int(proc.name)
             except OSError:  # it has ended
                 continue
+
+    def ranks(self, node: str) -> list[int]:
+        """The training processes on a machine, without their launcher and what they fork."""
+        found = {
+            pid
+            for pid in self.processes(node, "scripts/train.py")
+            if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes()
+            and "torch.distributed.run" not in Path(f"/proc/{pid}/cmdline").read_text()
+        }
+        return sorted(pid for pid in found if _parent(pid) not in found)
 
     # ---- how it is made ----------------------------------------------------------------------------------------------
 
@@ -262,6 +272,10 @@ class SlurmCluster:
         socket = f"--socket={self.folder}/munge.socket"
         self._daemon("munge", ["munged", "--foreground", "--force", socket, *files], inside=False)
         self.wait((self.folder / "munge.socket").exists, "munge", 20)
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _ip(*arguments: str) -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the Dockerfile where there is neither Docker nor a registry of images, on a base that debootstrap makes, and trains
-# three steps of the quickstart in the image as its user. Root, Debian's buildah and debootstrap; 20 minutes, 25 GB.
+# three steps of the quickstart in the image as its user. Root, Debian's buildah and debootstrap; 15 to 50 minutes, 25 GB.
 #
 #   bash scripts/launch/build_image.sh FOLDER [option of buildah build and buildah run ...]
 #
@@ -43,7 +43,7 @@ b images --format '{{.Name}} {{.Size}}'
 
 image=$(b from --pull-never localhost/spattn_olmoe)
 trap 'b rm "$image" >/dev/null' EXIT
-inside() { b run "${options[@]}" --hostname=localhost "$image" -- tini -- "$@"; }
+inside() { b run "${options[@]}" --hostname=localhost "$image" -- tini -s -- "$@"; } # chroot: it is not the first process
 step "in the image, as its user"
 inside id
 inside python -m pip list --format=freeze | grep -iE "^(torch|triton|ai2-olmo-core|numpy|spattn)"

@@ -306,9 +306,13 @@ def system(config: ExperimentConfig) -> Iterator[Row]:
     )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = soft >= MIN_OPEN_FILES or soft == resource.RLIM_INFINITY
-    yield Row(
-        "open files", OK if enough else WARN, f"{soft:,} (hard limit {hard:,})", "" if enough else f"ulimit -n {hard}"
+    allowed = MIN_OPEN_FILES if hard == resource.RLIM_INFINITY else hard
+    remedy = (
+        f"ulimit -n {allowed}"
+        if allowed > soft
+        else "a higher hard limit: limits.conf, LimitNOFILE of slurmd, --ulimit"
     )
+    yield Row("open files", OK if enough else WARN, f"{soft:,} (hard limit {hard:,})", "" if enough else remedy)
     if (meminfo := Path("/proc/meminfo")).is_file():
         sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines()}
         free, enough = sizes["MemAvailable"], sizes["MemAvailable"] > MIN_HOST_MEMORY

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,12 @@ def test_a_job_of_two_processes_prints_one_table_and_fails_as_one(tiny_yaml: Pat
     assert re.search(r"all-reduce +│ ok +│ gloo over 2 processes", done.stdout)
     assert re.search(r"clock skew +│ ok", done.stdout)
     assert re.search(r"data +│ fail", done.stdout) and re.search(r"layout +│ ok +│ fits 2 processes", done.stdout)
+
+
+@pytest.mark.parametrize(("hard", "remedy"), [(1024, "a higher hard limit"), (4096, "ulimit -n 4096")])
+def test_the_remedy_for_open_files_changes_something(
+    tiny_yaml: Path, here: Path, monkeypatch: pytest.MonkeyPatch, hard: int, remedy: str
+):
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, hard))
+    found = rows(tiny_yaml)["open files"]
+    assert found.status == WARN and found.remedy.startswith(remedy)
