@@ -3,7 +3,7 @@
 python scripts/evaluate.py --checkpoint runs/quickstart-spattention --suite table1 --limit 100
 python scripts/evaluate.py --checkpoint DIR --tasks piqa,sciq follows_input=true
 python scripts/evaluate.py --compare results/a/table1.json results/b/table1.json
-python scripts/evaluate.py --checkpoint DIR_A DIR_B --loss
+python scripts/evaluate.py --checkpoint DIR_A DIR_B --loss [--by repeat]
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", help="folder of the results; by default the checkpoint's, in evaluation/")
     parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="paired differences of two results")
     parser.add_argument("--loss", action="store_true", help="held-out loss of one or more checkpoints")
+    parser.add_argument(
+        "--by",
+        choices=("context", "repeat"),
+        help="with --loss: group tokens by how many stand before them (the default), or by how far back they repeat",
+    )
     parser.add_argument("--data", help="with --loss: prepared data to read instead of the checkpoint's own")
     parser.add_argument(
         "options", nargs="*", metavar="key=value", help="offline, follows_input, max_length, tokenizer, device"

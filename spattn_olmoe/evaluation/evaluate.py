@@ -86,6 +86,8 @@ def _check(args: argparse.Namespace, checkpoints: list[str], options: dict[str, 
         )
     if args.data:
         raise ValueError(f"--data {args.data}: only --loss reads prepared data")
+    if args.by:
+        raise ValueError(f"--by {args.by}: only --loss groups tokens")
     if args.suite and args.tasks:
         raise ValueError("--suite and --tasks exclude each other: give one")
     if args.num_fewshot is not None and not args.tasks:
@@ -154,11 +156,12 @@ def _loss(args: argparse.Namespace, folders: list[str], options: dict[str, Any])
                 f"{checkpoint.path} has other held-out sequences than {checkpoints[0].path}: losses over different text, "
                 "tokens or lengths cannot be paired; give one set with --data DIR"
             )
+    by = args.by or "context"
+    numbers = loss.GROUPINGS[by][1](held_out.ids)
     runs: list[dict[str, Any]] = []
     for checkpoint in checkpoints:
-        rows = loss.summarise(
-            loss.token_losses(checkpoint, held_out, batch_size=args.batch_size, device=options.get("device"))
-        )
+        losses = loss.token_losses(checkpoint, held_out, batch_size=args.batch_size, device=options.get("device"))
+        rows = loss.summarise(losses, numbers, by)
         run = {"attention": list(checkpoint.layers), "follows_input": checkpoint.layers[0]["follows_input"]}
         run |= {
             "checkpoint": checkpoint.path,
@@ -166,12 +169,13 @@ def _loss(args: argparse.Namespace, folders: list[str], options: dict[str, Any])
             "loss": rows,
         }
         if runs:
-            run["difference_from_first"] = loss.differences(runs[0]["loss"], rows)
+            run["difference_from_first"] = loss.differences(runs[0]["loss"], rows, by)
         runs.append(run)
     if get_rank() != 0:
         return
     results = {
         "format": LOSS_FORMAT,
+        "by": by,
         "data": held_out.directory,
         "sequences": len(held_out.ids),
         "length": held_out.ids.shape[1],
@@ -181,6 +185,7 @@ def _loss(args: argparse.Namespace, folders: list[str], options: dict[str, Any])
     text = loss.markdown(results)
     print(text)
     with writing_to(folder):
-        write(results, folder / "loss.json")
-        (folder / "loss.md").write_text(text)
-    print(folder / "loss.json", folder / "loss.md", sep="\n")
+        stem = "loss" if by == "context" else f"loss_by_{by}"
+        write(results, folder / f"{stem}.json")
+        (folder / f"{stem}.md").write_text(text)
+    print(folder / f"{stem}.json", folder / f"{stem}.md", sep="\n")

@@ -1,9 +1,14 @@
-"""Held-out loss: cross-entropy on the validation split, in total and by how much context a token has."""
+"""Held-out loss: cross-entropy on the validation split, in total and by what sets tokens apart.
+
+By *context*: how many tokens stand before a token. By *repeat*: how far back the pair of the token before it and itself stood
+last, which a model can copy from there (:mod:`.repeats`).
+"""
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,7 @@ from ..model.checkpoint import Checkpoint
 from ..tables import FIRST_CONTEXT, context_label, interval, p_value, plus_minus, table
 from . import statistics
 from .compare import NO_DIFFERENCE
+from .repeats import repeat_distances
 
 _LARGEST = math.log(sys.float_info.max)
 """Losses above it have a perplexity that no float holds."""
@@ -101,16 +107,41 @@ def token_losses(
     return np.stack(list(ranks.share_out(starts, compute, description=name, quiet=quiet)))
 
 
-def summarise(losses: np.ndarray) -> list[dict[str, Any]]:
-    """Total and each bucket: mean loss, its standard error over sequences, perplexity, and each sequence's mean."""
+def by_context(ids: np.ndarray) -> np.ndarray:
+    """How many tokens stand before each token but the first: ``(sequences, length - 1)``."""
+    return np.broadcast_to(np.arange(1, ids.shape[1]), (len(ids), ids.shape[1] - 1))
+
+
+GROUPINGS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "context": ("tokens of context", by_context),
+    "repeat": ("tokens back to the repeat", repeat_distances),
+}
+"""What ``--by`` takes: the heading of its column, and the number of every token but the first that it is grouped by."""
+
+
+def summarise(losses: np.ndarray, numbers: np.ndarray | None = None, by: str = "context") -> list[dict[str, Any]]:
+    """Of all tokens and of each group: mean loss, its standard error over sequences, perplexity, each sequence's mean.
+
+    A sequence without a token of a group has no mean there; a group without a token has no row.
+
+    :param losses: ``(sequences, length - 1)``.
+    :param numbers: what tokens are grouped by, of the same shape, from one of :data:`GROUPINGS`; by default the context.
+    """
     length = losses.shape[1] + 1
+    numbers = by_context(np.empty((len(losses), length))) if numbers is None else numbers
+    first = [(0, 1)] if by == "repeat" else []
     rows = []
-    for lo, hi in [(1, length), *buckets(length)]:
-        means = losses[:, lo - 1 : hi - 1].mean(1)
+    for lo, hi in [(1, length), *first, *buckets(length)]:
+        chosen = (lo <= numbers) & (numbers < hi) if rows else np.ones_like(numbers, dtype=bool)
+        counts = chosen.sum(1)
+        if not counts.any():
+            continue
+        means = np.where(chosen, losses, 0).sum(1)[counts > 0] / counts[counts > 0]
         value = float(means.mean())
         rows.append(
             {
-                "context": [lo, hi],
+                by: [lo, hi],
+                "tokens": int(counts.sum()),
                 "loss": value,
                 "stderr": statistics.mean_stderr(means),
                 "perplexity": math.exp(value) if value < _LARGEST else math.inf,
@@ -120,14 +151,14 @@ def summarise(losses: np.ndarray) -> list[dict[str, Any]]:
     return rows
 
 
-def differences(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def differences(a: list[dict[str, Any]], b: list[dict[str, Any]], by: str = "context") -> list[dict[str, Any]]:
     """Paired differences B minus A of two summaries over the same sequences; a lower loss is better."""
     rows: list[dict[str, Any]] = []
     for x, y in zip(a, b, strict=True):
         d = np.asarray(y["sequences"]) - np.asarray(x["sequences"])
         rows.append(
             {
-                "context": x["context"],
+                by: x[by],
                 "difference": float(d.mean()),
                 "stderr": statistics.mean_stderr(d),
                 "interval": list(statistics.bootstrap_interval(d)),
@@ -144,12 +175,16 @@ def differences(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> list[dict[s
 def markdown(results: dict[str, Any]) -> str:
     """Losses of all checkpoints side by side, then each one's paired differences from the first."""
     runs = results["checkpoints"]
-    head = ["tokens of context", *(f"{chr(65 + i)}: {run['attention_name']}" for i, run in enumerate(runs))]
-    body = [
-        [context_label(row["context"]), *(_loss(run["loss"][i]) for run in runs)]
-        for i, row in enumerate(runs[0]["loss"])
-    ]
-    body.append(["perplexity, total", *(f"{run['loss'][0]['perplexity']:.3f}" for run in runs)])
+    by = results["by"]
+    heading = GROUPINGS[by][0]
+    head = [heading, *(f"{chr(65 + i)}: {run['attention_name']}" for i, run in enumerate(runs))]
+    body = [[_label(row[by]), *(_loss(run["loss"][i]) for run in runs)] for i, row in enumerate(runs[0]["loss"])]
+    if by == "repeat":  # how much text the rows are of: far repeats are few
+        head.insert(1, "tokens")
+        for line, row in zip(body, runs[0]["loss"], strict=True):
+            line.insert(1, f"{row['tokens']:,}")
+    total = ["perplexity, total", *([""] if by == "repeat" else [])]
+    body.append([*total, *(f"{run['loss'][0]['perplexity']:.3f}" for run in runs)])
     text = [
         f"Held-out loss in nats per token, mean +- standard error over {results['sequences']} sequences of "
         f"{results['length']} tokens of {results['data']}",
@@ -165,7 +200,7 @@ def markdown(results: dict[str, Any]) -> str:
         letter = chr(65 + i)
         rows = [
             [
-                context_label(row["context"]),
+                _label(row[by]),
                 f"{row['difference']:+.4f}",
                 interval(row["interval"]),
                 p_value(row["p_adjusted"]),
@@ -173,9 +208,13 @@ def markdown(results: dict[str, Any]) -> str:
             ]
             for row in run["difference_from_first"]
         ]
-        head = ["tokens of context", f"{letter} - A", "95 % interval", "p (Holm)", ""]
+        head = [heading, f"{letter} - A", "95 % interval", "p (Holm)", ""]
         text += ["", f"{letter} against A, paired over sequences:", "", table(head, rows, "l")]
     return "\n".join(text) + "\n"
+
+
+def _label(span: Sequence[int]) -> str:
+    return "no repeat" if tuple(span) == (0, 1) else context_label(span)
 
 
 def _loss(row: dict[str, Any]) -> str:

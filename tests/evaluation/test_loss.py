@@ -7,9 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from spattn_olmoe.data import Manifest
 from spattn_olmoe.evaluation import loss
+from spattn_olmoe.evaluation.repeats import repeat_distances
 from spattn_olmoe.json_files import to_json
 from spattn_olmoe.model.checkpoint import Checkpoint
 
@@ -50,6 +53,38 @@ def test_summary_and_paired_differences_of_constructed_losses():
     assert near["verdict"] == "no difference can be seen"
     assert far["interval"][0] < 0.05 < far["interval"][1] and far["stderr"] < 0.01
     assert loss.differences(y, x)[2]["verdict"] == "B is lower"
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=1, max_size=3))
+def test_repeat_distances_are_those_of_a_search_backwards(rows):
+    expected = [[next((d for d in range(1, t) if row[t - d - 1 : t - d + 1] == row[t - 1 : t + 1]), 0) for t in range(1, 9)]
+                for row in rows]  # fmt: skip
+    assert repeat_distances(np.array(rows)).tolist() == expected
+
+
+def test_losses_by_repeat_of_constructed_losses():
+    """Tokens that repeat cost 1, others 3; one sequence has no repeat at all."""
+    ids = np.stack([np.tile(np.arange(20), 2), np.arange(40)])
+    numbers = repeat_distances(ids)
+    losses = np.where(numbers > 0, 1.0, 3.0)
+    total, new, far = loss.summarise(losses, numbers, "repeat")
+    assert [row["repeat"] for row in (total, new, far)] == [[1, 40], [0, 1], [16, 32]]
+    assert (total["tokens"], new["tokens"], far["tokens"]) == (78, 59, 19)
+    assert (new["loss"], far["loss"], len(far["sequences"])) == (3.0, 1.0, 1)
+    assert total["loss"] == pytest.approx((losses.mean(1)).mean())
+
+
+def test_the_command_groups_by_repeat(checkpoint_of, evaluate_command, held_out_data, tmp_path):
+    folders = [checkpoint_of("standard"), checkpoint_of("gbhalf")]
+    words = ["--checkpoint", *folders, "--loss", "--by", "repeat", "--limit", "20", "--data", str(held_out_data)]
+    code, out, _ = evaluate_command(*words, "--out", str(tmp_path))
+    assert code == 0
+    results = json.loads((tmp_path / "loss_by_repeat.json").read_text())
+    assert results["by"] == "repeat"
+    rows = results["checkpoints"][0]["loss"]
+    assert rows[0]["tokens"] == 20 * 31 == sum(row["tokens"] for row in rows[1:])
+    assert "| tokens back to the repeat | tokens | A: dense | B: gbhalf |" in out and "no repeat" in out
+    assert (tmp_path / "loss_by_repeat.md").read_text() in out
 
 
 def test_documents_that_do_not_see_each_other_are_refused(checkpoint_of, held_out_data):
