@@ -130,7 +130,7 @@ def summarise(losses: np.ndarray, numbers: np.ndarray | None = None, by: str = "
     length = losses.shape[1] + 1
     numbers = by_context(np.empty((len(losses), length))) if numbers is None else numbers
     first = [(0, 1)] if by == "repeat" else []
-    rows = []
+    rows: list[dict[str, Any]] = []
     for lo, hi in [(1, length), *first, *buckets(length)]:
         chosen = (lo <= numbers) & (numbers < hi) if rows else np.ones_like(numbers, dtype=bool)
         counts = chosen.sum(1)
