@@ -36,10 +36,15 @@ class Variant(NamedTuple):
         return build_pattern(self.type, n_heads, band_length, **{**self.options, **options})
 
     @property
+    def section(self) -> dict[str, Any]:
+        """Its ``attention:`` section of a config: the type and the options."""
+        return {"type": self.type, **self.options}
+
+    @property
     def overrides(self) -> tuple[str, ...]:
         """What a command line adds to a config: ``attention.type=...`` and the options."""
-        options = {key: str(value).lower() if isinstance(value, bool) else value for key, value in self.options.items()}
-        return tuple(f"attention.{key}={value}" for key, value in {"type": self.type, **options}.items())
+        words = {key: str(value).lower() if isinstance(value, bool) else value for key, value in self.section.items()}
+        return tuple(f"attention.{key}={word}" for key, word in words.items())
 
 
 VARIANTS: dict[str, Variant] = {

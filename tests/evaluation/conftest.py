@@ -26,17 +26,17 @@ def checkpoint_of(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
     """``checkpoint_of(type, **options)``: the trained weights under another attention type."""
     made: dict[str, str] = {}
 
-    def make(name: str, **options: object) -> str:
-        key = json.dumps([name, options], sort_keys=True)
+    def make(type: str, **options: object) -> str:
+        key = json.dumps([type, options], sort_keys=True)
         if key not in made:
-            folder = tmp_path_factory.mktemp(name) / "step12"
+            folder = tmp_path_factory.mktemp(type) / "step12"
             shutil.copytree(trained, folder)
             config = json.loads((folder / "config.json").read_text())
             mixer = config["model"]["block"]["sequence_mixer"]
-            mixer["pattern"] = {"name": name, "band_length": mixer["pattern"]["band_length"], **options}
+            mixer["pattern"] = {"name": type, "band_length": mixer["pattern"]["band_length"], **options}
             (folder / "config.json").write_text(json.dumps(config))
             fingerprint = json.loads((folder / "attention.json").read_text())
-            pattern = build_pattern(name, n_heads=4, band_length=32, **options)
+            pattern = build_pattern(type, n_heads=4, band_length=32, **options)
             fingerprint["layers"] = [pattern.to_config()] * len(fingerprint["layers"])
             (folder / "attention.json").write_text(json.dumps(fingerprint))
             write_checksums(folder, rank=0, ranks=1)

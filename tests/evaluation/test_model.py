@@ -10,16 +10,17 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
 from spattn_olmoe.evaluation.model import SPAttnLM
+from spattn_olmoe.patterns import VARIANTS
 
 TEXT = (
     "The assignment statement binds a name to a value. If the name is already bound, the old value is released. "
     "Lists are mutable; tuples are not: 'a, b = b, a' swaps two names without a third. def f(x):\n    return x + 1\n"
 )
-TYPES = [
-    ("spattention", {"local_sharing": True}),
-    ("spattention", {"follows_input": True}),
-    ("longformer", {}),
-    ("reformer", {"follows_input": True}),
+SECTIONS = [
+    VARIANTS["sharing"].section,
+    VARIANTS["exclusive"].section | {"follows_input": True},
+    VARIANTS["longformer"].section,
+    VARIANTS["reformer"].section | {"follows_input": True},
 ]
 
 
@@ -66,10 +67,10 @@ def test_a_continuation_that_is_merged_into_its_context_is_scored_by_itself(chec
         assert got[0] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize(("name", "options"), TYPES)
-def test_a_score_depends_on_nothing_beside_its_request(checkpoint_of, name, options):
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_score_depends_on_nothing_beside_its_request(checkpoint_of, section):
     requests = instances("loglikelihood", *pairs())
-    lm = SPAttnLM(checkpoint_of(name, **options))
+    lm = SPAttnLM(checkpoint_of(**section))
     expected = [oracle(lm, *request.args) for request in requests]
     assert max(score for score, _ in expected) - min(score for score, _ in expected) > 1  # not all alike
     for batch_size, seed in ((1, 0), (3, 1), (16, 2), (64, 3)):
@@ -129,9 +130,9 @@ def test_rolling_scores_predict_each_token_once(checkpoint_of):
     assert found == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize(("name", "options"), TYPES[:3])
-def test_generated_text_is_that_of_greedy_decoding_without_cache_or_batch(checkpoint_of, name, options):
-    lm = SPAttnLM(checkpoint_of(name, **options), batch_size=8, max_length=64)
+@pytest.mark.parametrize("section", SECTIONS[:3])
+def test_generated_text_is_that_of_greedy_decoding_without_cache_or_batch(checkpoint_of, section):
+    lm = SPAttnLM(checkpoint_of(**section), batch_size=8, max_length=64)
     prompts = ["The name", "def f(x):\n    return", "a", TEXT[:120]]
     expected = []
     for prompt in prompts:

@@ -21,6 +21,7 @@ from spattn_olmoe.kernels.call import Call
 from spattn_olmoe.model.remedies import apply_remedies
 from spattn_olmoe.paper import heads
 from spattn_olmoe.paper.heads import DIVERSITIES, LayerHeads, measure_heads, summary
+from spattn_olmoe.patterns import VARIANTS
 
 
 def dense(q: torch.Tensor, k: torch.Tensor, pattern, scale: float) -> np.ndarray:
@@ -72,22 +73,18 @@ def expected(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, flo
 @pytest.mark.parametrize(
     ("name", "options", "T"),
     [
-        ("standard", {}, 13),
-        ("spattention", {}, 16),
-        ("spattention", {"local_sharing": True}, 17),
+        ("dense", {}, 13),
+        ("exclusive", {}, 16),
+        ("sharing", {}, 17),
         ("gbhalf", {}, 9),  # shorter than in training: heads without any key
         ("bigbird", {}, 14),
         ("eball", {"follows_input": True}, 11),
-        (
-            "reformer",
-            {"buckets": "lsh", "bucket_size": 4, "n_hashes": 1},
-            15,
-        ),  # a mask of its own in every row of a batch
+        ("reformer_lsh", {"bucket_size": 4, "n_hashes": 1}, 15),  # a mask of its own in every row of a batch
     ],
 )
 def test_statistics_are_those_of_all_weights(name, options, T, monkeypatch):
     monkeypatch.setattr(heads, "CHUNK_CELLS", 200)  # several chunks, the last one shorter
-    pattern = build_pattern(name, n_heads=4, band_length=16, **options)
+    pattern = VARIANTS[name].build(4, 16, **options)
     generator = torch.Generator().manual_seed(1)
     q = 2 * torch.randn(2, T, 4, 8, generator=generator)
     k = torch.randn(2, T, 2, 8, generator=generator)

@@ -9,24 +9,20 @@ from transformers import AutoModelForCausalLM, OlmoeForCausalLM
 from benchmarks.tiny import PAD, VOCAB
 from spattn_olmoe import build_pattern
 from spattn_olmoe.model.hf.rules import rule_of
+from spattn_olmoe.patterns import VARIANTS
 from spattn_olmoe.serving import modeling_spattn_olmoe as modeling
 
 from .conftest import N
 
 SECTIONS = {
-    "exclusive bands": {"type": "spattention"},
-    "shared bands": {"type": "spattention", "local_sharing": True},
+    **{name: VARIANTS[name].section for name in ("exclusive", "sharing", "gbhalf", "sliding_window", "longformer")},
+    **{name: VARIANTS[name].section for name in ("bigbird", "reformer")},
     "reordered bands": {"type": "spattention", "head_order": "balanced"},
     "layers differ": {"type": "spattention", "local_sharing": True, "layers": [1]},
-    "gaps": {"type": "gbhalf"},
-    "sliding window": {"type": "sliding_window"},
-    "longformer": {"type": "longformer"},
-    "bigbird": {"type": "bigbird"},
-    "reformer": {"type": "reformer"},
 }
 ALONE, PACKAGE = "alone", "with the package"
 CASES = [(name, ALONE) for name in SECTIONS]
-CASES += [(name, PACKAGE) for name in ("exclusive bands", "reordered bands", "layers differ")]
+CASES += [(name, PACKAGE) for name in ("exclusive", "reordered bands", "layers differ")]
 each_case = pytest.mark.parametrize(
     ("section", "computed"),
     [(SECTIONS[name], where) for name, where in CASES],
@@ -34,7 +30,7 @@ each_case = pytest.mark.parametrize(
     indirect=["computed"],
 )
 either_way = pytest.mark.parametrize("computed", [ALONE, PACKAGE], indirect=True)
-BANDS = SECTIONS["shared bands"]
+BANDS = SECTIONS["sharing"]
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
@@ -62,10 +58,10 @@ def tokens(B=2, T=60):
     return torch.randint(2, VOCAB, (B, T), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("name", ["standard", "spattention", "longformer", "bigbird", "reformer", "gbhalf"])
+@pytest.mark.parametrize("name", ["dense", "exclusive", "sharing", "longformer", "bigbird", "reformer", "gbhalf"])
 @pytest.mark.parametrize("band_length", [4, 5, 33, 100, 1031])
 def test_a_rule_is_its_patterns_mask_at_any_length(name, band_length):
-    pattern = build_pattern(name, n_heads=4, band_length=band_length)
+    pattern = VARIANTS[name].build(4, band_length)
     T = min(2 * band_length + 3, 600)
     h, i = torch.arange(4)[:, None, None], torch.arange(T)
     rule = rule_of(pattern)
@@ -135,7 +131,7 @@ GREEDY = {"max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": T
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["shared bands", "layers differ", "longformer", "reformer"])
+@pytest.mark.parametrize("name", ["sharing", "layers differ", "longformer", "reformer"])
 @pytest.mark.parametrize("cache", [{"cache_implementation": "static"}, {}], ids=["static", "dynamic"])
 def test_generation_with_a_cache_is_native_generation_without(load, name, cache):
     model, native = load(SECTIONS[name])
