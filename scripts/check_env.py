@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spattn_olmoe import trust
-from spattn_olmoe.errors import Parser, quiet, user_errors
+from spattn_olmoe.errors import Parser, quiet, real, user_errors
 from spattn_olmoe.exit_code import kept_exit_code
 
 
@@ -21,7 +21,11 @@ def main() -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("--config", required=True, help="a YAML file, see configs/")
     parser.add_argument(
-        "--min-bandwidth", type=float, default=0.0, metavar="GB/S", help="fail below this all-reduce between GPUs"
+        "--min-bandwidth",
+        type=real(0, 1e6),
+        default=0.0,
+        metavar="GB/S",
+        help="fail below this all-reduce between GPUs",
     )
     parser.add_argument(
         "--failed-nodes", type=Path, metavar="FILE", help="write the machines that fail to it, one a line"

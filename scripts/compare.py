@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from spattn_olmoe import trust
 from spattn_olmoe.errors import Parser, user_errors
 
 
@@ -17,6 +18,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs; several seeds of a type become a band")
     parser.add_argument("--out", type=Path, required=True, help="the page, a .html file")
     parser.add_argument("--recall", type=Path, help="recall.json of scripts/reproduce.py recall")
+    trust.add_argument(parser)
     return parser.parse_args(words)
 
 

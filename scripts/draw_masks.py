@@ -14,7 +14,7 @@ import sys
 from matplotlib.figure import Figure
 
 from spattn_olmoe import trust
-from spattn_olmoe.errors import Parser, quiet, user_errors
+from spattn_olmoe.errors import Parser, quiet, user_errors, whole
 from spattn_olmoe.paper import masks
 from spattn_olmoe.patterns import Pattern, build_mask
 from spattn_olmoe.settings import parse
@@ -30,9 +30,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     what.add_argument("--figure", type=int, choices=(1, 2), help="a figure of the paper")
     what.add_argument("--overview", action="store_true", help="all named masks, a few heads each")
-    parser.add_argument("--heads", type=int, help="with --type: query heads H (default 8)")
-    parser.add_argument("--band-length", type=int, help="with --type: band length N (default 1024)")
-    parser.add_argument("--length", type=int, help="input length T (default: the band length, or a run's of training)")
+    parser.add_argument("--heads", type=whole(1, 512), help="with --type: query heads H (default 8)")
+    parser.add_argument("--band-length", type=whole(1, 2**20), help="with --type: band length N (default 1024)")
+    parser.add_argument(
+        "--length", type=whole(1, 2**20), help="input length T (default: the band length, or a run's of training)"
+    )
     parser.add_argument("--out", required=True, help="the picture to write, .png")
     parser.add_argument("words", nargs="*", metavar="key=value", help="with --type or --config")
     trust.add_argument(parser)
@@ -46,10 +48,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for name, given in refused.items():
         if getattr(args, name) not in (None, False) and given:
             parser.error(f"{given[0]} goes with --type: --{name} has its own shape")
-    for key, most in (("heads", 512), ("band_length", 2**20), ("length", 2**20)):  # a picture of more shows nothing
-        value = getattr(args, key)
-        if value is not None and not 1 <= value <= most:
-            parser.error(f"--{key.replace('_', '-')} {value}: must lie between 1 and {most}")
     return args
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 from spattn_olmoe import trust
-from spattn_olmoe.errors import Parser, quiet, user_errors
+from spattn_olmoe.errors import Parser, quiet, user_errors, whole
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -26,9 +26,11 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--suite", help="table1 (the default), table2, table3 or core")
     parser.add_argument("--tasks", help="names of lm-eval's tasks and groups, with commas between, instead of a suite")
-    parser.add_argument("--num-fewshot", type=int, help="worked examples, with --tasks")
-    parser.add_argument("--limit", type=int, help="the first so many questions of each task, or sequences with --loss")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--num-fewshot", type=whole(0, 1000), help="worked examples, with --tasks")
+    parser.add_argument(
+        "--limit", type=whole(1, 2**31), help="the first so many questions of each task, or sequences with --loss"
+    )
+    parser.add_argument("--batch-size", type=whole(1, 2**16), default=16)
     parser.add_argument("--out", help="folder of the results; by default the checkpoint's, in evaluation/")
     parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="paired differences of two results")
     parser.add_argument("--loss", action="store_true", help="held-out loss of one or more checkpoints")

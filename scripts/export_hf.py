@@ -5,6 +5,7 @@ python scripts/export_hf.py --checkpoint runs/quickstart-spattention --to export
 
 from __future__ import annotations
 
+from spattn_olmoe import trust
 from spattn_olmoe.errors import Parser, quiet, user_errors
 
 
@@ -18,6 +19,7 @@ def main() -> None:
         action="store_true",
         help="compare every tensor and the logits afterwards, with two models in memory",
     )
+    trust.add_argument(parser)
     args = parser.parse_args()
     with user_errors():
         quiet()

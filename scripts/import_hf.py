@@ -5,6 +5,7 @@ python scripts/import_hf.py --from OLMoE-1B-7B-0924 --to runs/olmoe-0924 --confi
 
 from __future__ import annotations
 
+from spattn_olmoe import trust
 from spattn_olmoe.errors import Parser, quiet, user_errors
 
 
@@ -16,6 +17,7 @@ def main() -> None:
     parser.add_argument("--to", required=True, help="the checkpoint to write; it must not exist")
     parser.add_argument("--config", required=True, help="a YAML file of the same model, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train.py")
+    trust.add_argument(parser)
     args = parser.parse_intermixed_args()
     with user_errors():
         quiet()

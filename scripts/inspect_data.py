@@ -10,7 +10,7 @@ from spattn_olmoe.data import verify
 from spattn_olmoe.data.inspection import decode, document, histogram
 from spattn_olmoe.data.manifest import check_summary
 from spattn_olmoe.data.summary import summary_table, warnings
-from spattn_olmoe.errors import Parser, user_errors
+from spattn_olmoe.errors import Parser, user_errors, whole
 from spattn_olmoe.text import visible
 
 
@@ -18,14 +18,14 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("--hashes", action="store_true", help="read every byte, compare SHA-256 and check every id")
-    parser.add_argument("--documents", type=int, nargs="*", default=[0], metavar="N", help="decode these, from 0")
+    parser.add_argument(
+        "--documents", type=whole(0, 2**62), nargs="*", default=[0], metavar="N", help="decode these, from 0"
+    )
     parser.add_argument("--split", choices=("train", "validation"), default="train")
-    parser.add_argument("--characters", type=int, default=1000, help="show so much of each document")
+    parser.add_argument("--characters", type=whole(0, 2**31), default=1000, help="show so much of each document")
     args = parser.parse_args()
     console = Console()
     with user_errors():
-        if args.characters < 0:
-            raise ValueError(f"--characters {args.characters}: must be at least 0")
         manifest = verify(args.folder, hashes=args.hashes)
         check_summary(manifest)
         texts = [(n, ids := document(manifest, args.split, n), decode(manifest, ids)) for n in args.documents]

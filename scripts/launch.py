@@ -6,6 +6,7 @@ python scripts/launch.py --cluster ... --config ... --types spattention,standard
 
 from __future__ import annotations
 
+from spattn_olmoe import trust
 from spattn_olmoe.errors import Parser, quiet, user_errors
 
 
@@ -14,22 +15,17 @@ def main() -> None:
     parser.add_argument("--cluster", required=True, help="a YAML file, see configs/cluster/")
     parser.add_argument("--config", required=True, help="a YAML file, see configs/")
     parser.add_argument("--types", help="attention types, separated by commas: a run for each")
-    parser.add_argument(
-        "--trust", action="append", default=[], metavar="NAME", help="as for train.py, here and in the jobs"
-    )
     parser.add_argument("--print", action="store_true", help="print the jobs; write and submit nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train.py")
+    trust.add_argument(parser)  # here and in the jobs
     args = parser.parse_intermixed_args()
     with user_errors():
         quiet()
 
-        from spattn_olmoe import trust
         from spattn_olmoe.cluster import kubernetes, slurm
         from spattn_olmoe.cluster.launch import plan_runs
         from spattn_olmoe.cluster.profile import load_profile
 
-        for name in args.trust:
-            trust.trust(name)
         profile = load_profile(args.cluster)
         scheduler = {"slurm": slurm, "kubernetes": kubernetes}[profile.kind]
         types = args.types.split(",") if args.types else []

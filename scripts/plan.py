@@ -8,13 +8,13 @@ from __future__ import annotations
 from rich.console import Console
 
 from spattn_olmoe import trust
-from spattn_olmoe.errors import Parser, quiet, user_errors
+from spattn_olmoe.errors import Parser, quiet, user_errors, whole
 
 
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--config", required=True, help="a YAML file, see configs/")
-    parser.add_argument("--gpus", required=True, type=int, metavar="N", help="GPUs in all")
+    parser.add_argument("--gpus", required=True, type=whole(1, 2**17), metavar="N", help="GPUs in all")
     parser.add_argument("--gpu", required=True, help="h100, h200, a100 or b200")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train.py")
     trust.add_argument(parser)
@@ -27,8 +27,6 @@ def main() -> None:
         from spattn_olmoe.train.config import load_experiment
         from spattn_olmoe.train.run import check
 
-        if not 1 <= args.gpus <= 2**17:
-            raise ValueError(f"--gpus {args.gpus}: must lie between 1 and {2**17}")
         config = load_experiment(args.config, args.overrides)
         check(config)
         print_plan(plan(config, args.gpus, args.gpu), args.config, args.overrides, Console())

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
 from spattn_olmoe import trust
-from spattn_olmoe.errors import Parser, quiet, user_errors
+from spattn_olmoe.errors import Parser, quiet, user_errors, whole
 
 STUDIES = ("recall", "recall_two_hop", "copying", "selective_copying")
 TARGETS = ("table1", "table2", "table3", "figure1", "figure2", "appendix_a", "throughput", *STUDIES)
@@ -31,8 +31,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--scale", choices=("paper", "gpu", "cpu"), default="cpu", help="default: cpu")
-    parser.add_argument("--seeds", type=int, help="runs of each attention type; by default the scale's (3; paper: 1)")
-    parser.add_argument("--jobs", type=int, help="runs at the same time; by default one per core on a CPU, else 1")
+    parser.add_argument(
+        "--seeds", type=whole(1, 1000), help="runs of each attention type; by default the scale's (3; paper: 1)"
+    )
+    parser.add_argument(
+        "--jobs", type=whole(1, 1024), help="runs at the same time; by default one per core on a CPU, else 1"
+    )
     parser.add_argument("--out", type=Path, help="folder of results and report; default: runs/reproduce/SCALE")
     parser.add_argument("--config", type=Path, help="a YAML file: your own model and data instead of the scale's")
     parser.add_argument("--variants", help="with commas between: these instead of the table's")

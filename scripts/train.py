@@ -13,7 +13,7 @@ import sys
 from rich.console import Console
 
 from spattn_olmoe import trust
-from spattn_olmoe.errors import Parser, quiet, user_errors
+from spattn_olmoe.errors import Parser, quiet, user_errors, whole
 from spattn_olmoe.exit_code import kept_exit_code
 
 
@@ -22,7 +22,10 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a YAML file, see configs/")
     parser.add_argument("--dry-run", action="store_true", help="print what the run computes and costs; start nothing")
     parser.add_argument(
-        "--gpus", type=int, metavar="N", help="with --dry-run: check the layout and estimate the memory of N GPUs"
+        "--gpus",
+        type=whole(1, 2**17),
+        metavar="N",
+        help="with --dry-run: check the layout and estimate the memory of N GPUs",
     )
     parser.add_argument(
         "--show",

@@ -10,8 +10,10 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
+
+from .text import visible
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -42,7 +44,7 @@ def user_errors() -> Iterator[None]:
 def fail(message: str, status: int = 2) -> NoReturn:
     """End the process with one line on standard error, which one rank alone prints."""
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(visible(message).split())}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
@@ -55,6 +57,29 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message} ({self.prog} --help explains)")
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """The type of a command line's option: a whole number, both bounds included."""
+    return _bounded(int, low, high, "a whole number")
+
+
+def real(low: float, high: float) -> Callable[[str], float]:
+    """The type of a command line's option: a finite number, both bounds included."""
+    return _bounded(float, low, high, "a number")
+
+
+def _bounded(kind: type[Any], low: float, high: float, name: str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):  # among them Python's own limit to the digits of a number
+            value = None
+        if value is None or not low <= value <= high:  # a NaN is not
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} must be {name} from {low} to {high}")
+        return value
+
+    return read
 
 
 def quiet() -> None:

@@ -72,16 +72,17 @@ def regular_file(path: str | os.PathLike[str]) -> os.stat_result:
     return status
 
 
-def inside(folder: str | os.PathLike[str], name: str) -> Path:
+def inside(folder: str | os.PathLike[str], name: str, *, links: bool = False) -> Path:
     """The file that a name in a file of ``folder`` stands for.
 
+    :param links: follow a link out of the folder, which whoever made the folder here has put there.
     :raises ValueError: it leads out of the folder (an absolute path, ``..``, a link), or is no regular file.
     """
     where = PurePath(name)
     if not name or "\0" in name or where.is_absolute() or ".." in where.parts:
         raise ValueError(f"{folder}: names {name!r}, which is not inside this folder")
     path = Path(folder) / where
-    if not path.resolve().is_relative_to(Path(folder).resolve()):
+    if not links and not path.resolve().is_relative_to(Path(folder).resolve()):
         raise ValueError(f"{folder}: {name!r} is a link that leads out of this folder")
     if path.exists():
         regular_file(path)

@@ -13,6 +13,9 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
+
+from .json_files import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +71,7 @@ class Lock:
     def _acquire(self, patience: float) -> None:
         deadline = time.monotonic() + patience
         while not self._free():
-            holder = json.loads(self._read() or "{}")
+            holder = _holder(self._read())
             if not (_job() and holder.get("job") == _job()) or time.monotonic() > deadline:
                 raise ValueError(
                     f"{self.path.parent} is in use: {_describe(holder)} writes it (see {self.path}). "
@@ -90,8 +93,8 @@ class Lock:
         record = self._read()
         if not record:
             return True
-        holder = json.loads(record)
-        if kernel_knows and holder["host"] == socket.gethostname():
+        holder = _holder(record)
+        if kernel_knows and holder.get("host") == socket.gethostname():
             return True
         log.info("%s was locked by %s: looking whether it still lives", self.path.parent, _describe(holder))
         before = self._signs_of_life()
@@ -130,6 +133,14 @@ class Lock:
 def _job() -> str:
     """The job that this process is part of; all attempts of a job have the same. Empty without one."""
     return os.environ.get("SPATTN_JOB") or os.environ.get("SLURM_JOB_ID", "")
+
+
+def _holder(record: str) -> dict[str, Any]:
+    """Who holds a lock; nobody that is known, where the file is damaged."""
+    try:
+        return parse_json(record or "{}", FILE_NAME, dict)
+    except ValueError:
+        return {}
 
 
 def _describe(holder: dict[str, object]) -> str:

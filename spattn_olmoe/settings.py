@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers.oc import env
 
@@ -26,6 +26,10 @@ T = TypeVar("T")
 
 _MOST_BYTES = 2**22
 _MOST_NODES = 10**5
+_MOST_REFERENCES = 2000
+"""``${...}`` in a file, and how often they are followed: each costs a quarter of a millisecond."""
+_MOST_CHARACTERS = 2**22
+"""Of all that references put in place."""
 _MOST_DEPTH = 100
 
 _KEY = re.compile(r"[^\s.\[\]]+(\.[^\s.\[\]]+|\[\d+\])*")
@@ -137,6 +141,8 @@ def _load(path: Path) -> DictConfig:
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError(f"is larger than {_MOST_BYTES} bytes")
         text = path.read_text(encoding="utf-8")
+        if text.count("${") > _MOST_REFERENCES:
+            raise ValueError(f"holds more than {_MOST_REFERENCES} references (${{...}})")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is not None and _expanded(root, {}, 0) > _MOST_NODES:
             raise ValueError(f"its aliases (*name) make more than {_MOST_NODES} values of it")
@@ -181,7 +187,8 @@ def _resolvers() -> None:
 def _one_line(where: str) -> Iterator[None]:
     """Turn errors of YAML and OmegaConf into one line that names the place and the nearest key."""
     try:
-        yield
+        with _bounded_references():
+            yield
     except yaml.YAMLError as error:
         raise ValueError(f"{where}: the value is no YAML: {first_line(error)}; quote it") from error
     except RecursionError:
@@ -190,6 +197,38 @@ def _one_line(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: {_problem(error)}") from error
     except ValueError as error:  # Python's own limit to the digits of a number
         raise ValueError(f"{where}: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _bounded_references() -> Iterator[None]:
+    """Let references (``${...}``) be followed so many times and put so much text in place, and no more, while it lasts.
+
+    A text that refers twice to one that refers twice, and so on, doubles with every line. OmegaConf has no bound of its
+    own, but two methods that all references go through: those to keys, and all that is made of a text with some in it.
+    """
+    stock = {name: getattr(Container, name) for name in ("_resolve_node_interpolation", "resolve_parse_tree")}
+    followed = characters = 0
+
+    def counting(method: Any) -> Any:
+        def counted(self: Container, *args: Any, **kwargs: Any) -> Any:
+            nonlocal followed, characters
+            followed += 1
+            found = method(self, *args, **kwargs)
+            value = found._value() if isinstance(found, Node) else found
+            characters += len(value) if isinstance(value, str) else 0
+            if followed > _MOST_REFERENCES or characters > _MOST_CHARACTERS:
+                raise ValueError(f"its references (${{...}}) lead to more than {_MOST_REFERENCES} others")
+            return found
+
+        return counted
+
+    for name, method in stock.items():
+        setattr(Container, name, counting(method))
+    try:
+        yield
+    finally:
+        for name, method in stock.items():
+            setattr(Container, name, method)
 
 
 def _problem(error: OmegaConfBaseException) -> str:

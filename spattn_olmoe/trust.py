@@ -47,10 +47,11 @@ def check_import(module: str, where: str) -> None:
 
 
 class Trust(argparse.Action):
-    """``--trust NAME`` of a command line: takes effect as it is parsed."""
+    """``--trust NAME`` of a command line: takes effect as it is parsed; ``args.trust`` lists the names."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         trust(values)
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), values])
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +59,7 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust",
         action=Trust,
+        default=[],
         metavar="NAME",
         help="let files import this module of yours, or (env) read environment variables; may be given several times",
     )

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spattn_olmoe import trust
+from spattn_olmoe.errors import Parser, user_errors, whole
 from spattn_olmoe.files import inside, matching
 from spattn_olmoe.json_files import check_shape, parse_json, read_json, to_json
 from spattn_olmoe.settings import read
-from spattn_olmoe.text import figure_text, inline, visible
+from spattn_olmoe.text import figure_text, inline, inlined, visible
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -94,6 +95,7 @@ def test_a_shape_is_met_or_a_value_error(value: object) -> None:
 def test_text_in_a_line_stays_in_it(text: str) -> None:
     shown = inline(text)
     assert len(shown.splitlines()) <= 1 and "\x1b" not in shown and shown.count("|") == shown.count("\\|")
+    assert inlined({text: [text]}) == {shown: [shown]}
     assert "\x1b" not in visible(text) and figure_text("$x^{$") == r"\$x^{\$"
 
 
@@ -109,6 +111,48 @@ def test_yaml_that_grows_is_refused_at_once(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"aliases|nested too deeply"):
         read(tmp_path / "a.yaml")
+
+
+def doubling(line: str) -> str:
+    """YAML of thirty lines, each of which refers to the one before."""
+    return "n0: a0\na0: xx\n" + "".join(line.format(i=i, j=i - 1) + "\n" for i in range(1, 31))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        doubling("a{i}: ${{a{j}}}${{a{j}}}"),
+        doubling("a{i}: {{x: '${{a{j}}}', y: '${{a{j}}}'}}"),
+        doubling("n{i}: a{i}\na{i}: ${{${{n{j}}}}}${{${{n{j}}}}}"),
+        doubling("a{i}: '${{oc.select:a{j}}}${{oc.select:a{j}}}'"),
+        "a: x\nb: '" + "${a}" * 3000 + "'",
+        "a: " + "x" * 10**6 + "\nb: '" + "${a}" * 9 + "'",
+    ],
+    ids=["text", "mapping", "nested", "resolver", "many", "long"],
+)
+def test_references_that_double_are_refused_at_once(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match="references"):
+        read(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "2.5", "", "9" * 5000, "x"])
+def test_a_number_of_the_command_line_is_bounded_and_refused_in_one_line(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = Parser()
+    parser.add_argument("--n", type=whole(1, 4))
+    assert parser.parse_args(["--n", "4"]).n == 4
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(["--n", text])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1 and "must be a whole number from 1 to 4" in err
+
+
+def test_an_error_writes_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), user_errors():
+        raise ValueError("a\x1b[31mred\nb")
+    assert capsys.readouterr().err == "error: a[31mred b\n"
 
 
 @pytest.mark.parametrize(

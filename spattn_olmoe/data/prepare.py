@@ -27,6 +27,7 @@ import numpy as np
 
 from .. import __version__
 from ..files import sync_folder
+from ..json_files import parse_json
 from . import manifest as manifest_module
 from . import progress as progress_module
 from .chunks import Chunk, Position
@@ -229,7 +230,8 @@ class _Run:
         if p.reject_share <= limit or not (at_end or p.documents + p.rejects >= _ENOUGH_TO_JUDGE):
             return
         self._checkpoint()
-        last = json.loads((self.plan.folder / REJECTS).read_bytes().splitlines()[-1])
+        lines = (self.plan.folder / REJECTS).read_bytes().splitlines()
+        last = parse_json(lines[-1], REJECTS, {"file": str, "number": int, "reason": str})
         raise ValueError(
             f"max_reject_share={limit}: {p.rejects} of {p.documents + p.rejects} documents were rejected "
             f"({p.reject_share:.1%}), the last in {last['file']}:{last['number']} ({last['reason']}); look at "

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..files import replace_file
+from ..json_files import read_json
 from .chunks import Position
 
 NAME = "progress.json"
@@ -97,7 +98,7 @@ class Progress:
         if not path.exists():
             return cls([SourceProgress() for _ in range(n_sources)])
         try:
-            saved = json.loads(path.read_bytes())
+            saved = read_json(path, {"options": dict, "progress": {"sources": [dict]}})
             earlier, content = saved["options"], saved["progress"]
             sources = [SourceProgress(**source) for source in content.pop("sources")]
             progress = cls(sources=sources, **content)

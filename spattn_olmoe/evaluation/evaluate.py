@@ -69,10 +69,6 @@ def _check(args: argparse.Namespace, checkpoints: list[str], options: dict[str, 
         return
     if not checkpoints:
         raise ValueError("name a checkpoint with --checkpoint DIR, or two results with --compare A.json B.json")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit {args.limit}: must be at least 1")
     if args.loss:
         if args.suite or args.tasks:
             raise ValueError("--loss takes no --suite and no --tasks: evaluate those in a call of their own")

@@ -20,6 +20,7 @@ from .. import ranks
 from ..data.manifest import Manifest, verify
 from ..model.checkpoint import Checkpoint
 from ..tables import FIRST_CONTEXT, context_label, interval, p_value, plus_minus, table
+from ..text import inlined
 from . import statistics
 from .compare import NO_DIFFERENCE
 from .repeats import repeat_distances
@@ -174,6 +175,7 @@ def differences(a: list[dict[str, Any]], b: list[dict[str, Any]], by: str = "con
 
 def markdown(results: dict[str, Any]) -> str:
     """Losses of all checkpoints side by side, then each one's paired differences from the first."""
+    results = inlined(results)
     runs = results["checkpoints"]
     by = results["by"]
     heading = GROUPINGS[by][0]

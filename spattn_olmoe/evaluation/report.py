@@ -11,6 +11,7 @@ from typing import Any
 from ..machine import as_line
 from ..patterns import attention_name
 from ..tables import interval, plus_minus, table
+from ..text import inline, inlined
 from .compare import NO_DIFFERENCE, Difference, average, columns_of
 from .suites import SUITES, implied_stderr
 
@@ -38,6 +39,7 @@ def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def markdown(results: dict[str, Any]) -> str:
     """The table of a result, with its conditions above it."""
+    results = inlined(results)
     suite = SUITES.get(results["suite"])
     scores = _paper_table(results) if suite and suite.paper else _list_table(results)
     return f"{_conditions(results)}\n\n{scores}\n"
@@ -122,11 +124,12 @@ def csv_text(results: dict[str, Any]) -> str:
 
 def comparison_markdown(a: dict[str, Any], b: dict[str, Any], differences: Sequence[Difference]) -> str:
     """The table of a comparison, with a sentence on what it can say."""
+    a, b = inlined(a), inlined(b)
     head = ["", "metric", "questions", "A", "B", "B - A", "95 % interval", "only A : only B", "p", "p (Holm)", ""]
     body = [
         [
-            d.label,
-            d.metric,
+            inline(d.label),
+            inline(d.metric),
             str(d.n),
             f"{d.a:.4f}",
             f"{d.b:.4f}",
@@ -141,7 +144,7 @@ def comparison_markdown(a: dict[str, Any], b: dict[str, Any], differences: Seque
     ]
     seen = [d for d in differences if d.verdict != NO_DIFFERENCE]
     summary = (
-        f"A difference is seen in {', '.join(d.label for d in seen)}."
+        f"A difference is seen in {', '.join(inline(d.label) for d in seen)}."
         if seen
         else "No difference can be seen in any column."
     )

@@ -18,7 +18,6 @@ from ..errors import nearest
 from ..files import replace_file
 from ..json_files import read_json, to_json
 from ..machine import describe
-from ..text import inlined
 from . import offline
 from .compare import check_results
 from .model import SPAttnLM
@@ -229,4 +228,4 @@ def read(path: str | Path) -> dict[str, Any]:
     if found != FORMAT:
         raise ValueError(f"{path}: expected format {FORMAT!r}, found {found!r}: give a file of scripts/evaluate.py")
     check_results(results, str(path))
-    return inlined(results)
+    return results

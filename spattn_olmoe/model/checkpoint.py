@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from olmo_core.distributed.utils import get_local_tensor, get_world_size
+from olmo_core.distributed.utils import get_world_size
 from olmo_core.nn.transformer import TransformerConfig
 from tokenizers import Tokenizer
 
@@ -19,6 +19,7 @@ from ..settings import first_line
 from ..trust import check_classes
 from .checkpoint_files import resolve_checkpoint
 from .fingerprint import FILE_NAME, Fingerprint
+from .finite import first_non_finite
 from .remedies import apply_remedies
 from .section import layer_patterns, with_follows_input
 from .unpickling import reading
@@ -136,11 +137,8 @@ class Checkpoint:
                 ),
                 device=where,
             )
-        for name, weight in module.model.named_parameters():
-            if not bool(get_local_tensor(weight.detach()).isfinite().all()):
-                raise ValueError(
-                    f"checkpoint {self.path} holds weights that are not finite ({name}): name an older stepN"
-                )
+        if (name := first_non_finite(module.model.named_parameters())) is not None:
+            raise ValueError(f"checkpoint {self.path} holds weights that are not finite ({name}): name an older stepN")
         return module
 
 

@@ -14,6 +14,7 @@ from ..files import replace_file
 from ..model.checkpoint import Checkpoint
 from ..patterns import attention_name
 from ..tables import table
+from ..text import inlined
 from .heads import DIVERSITIES, measure_heads, plot_heads, summary
 
 _TOKENS = 4096  # of a batch
@@ -68,6 +69,7 @@ def cut(text: HeldOut, length: int, sequences: int) -> torch.Tensor:
 
 def markdown(results: dict[str, Any]) -> str:
     """The table, and what its columns are."""
+    results = inlined(results)
     head = ["", "mean entropy", *DIVERSITIES]
     body = []
     for name, found in results["checkpoints"].items():

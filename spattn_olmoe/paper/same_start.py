@@ -16,6 +16,7 @@ from olmo_core.distributed.utils import get_full_tensor, get_rank
 from olmo_core.train.callbacks import Callback
 
 from ..files import replace_file
+from ..json_files import read_json
 from ..train.shards import stated_hashes
 
 FILE_NAME = "start.json"
@@ -74,7 +75,7 @@ def read_start(folder: Path) -> dict[str, str]:
     path = folder / FILE_NAME
     if not path.is_file():
         raise ValueError(f"{path} is missing: this run was not started by scripts/reproduce.py; remove {folder}")
-    return json.loads(path.read_text())
+    return read_json(path, dict.fromkeys(PARTS, str))
 
 
 def check_same_start(results: Sequence[Mapping[str, Any]]) -> None:

@@ -23,6 +23,7 @@ import torch
 from ..commands import environment, relative, script_command, train_command
 from ..data import prepare
 from ..files import replace_file
+from ..json_files import read_json
 from ..machine import default_device, describe
 from ..model.checkpoint_files import find_checkpoint
 from ..train.metrics import METRICS_FILE, read_metrics
@@ -213,11 +214,11 @@ def result_file(out: Path, run: Run) -> Path:
 def _read_result(out: Path, run: Run) -> dict[str, Any] | None:
     """The result of a run, if it is finished and of this very config."""
     try:
-        result = json.loads(result_file(out, run).read_text())
+        result = read_json(result_file(out, run), dict)
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(f"{result_file(out, run)} is damaged ({error}): remove it") from None
+        raise ValueError(f"{error}: it is damaged, remove it") from None
     return result if result.get("format") == FORMAT and result.get("key") == run.key else None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ... import __version__
 from ...machine import describe
 from ...serving.modeling_spattn_olmoe import SPAttnOlmoeConfig
+from ...text import inline
 from ..checkpoint import Checkpoint
 
 
@@ -19,7 +20,7 @@ def model_card(checkpoint: Checkpoint, config: dict[str, Any], pictures: Sequenc
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [olmoe, mixture-of-experts, "
         f"{'spattention' if own else 'dense'}]\n---",
-        f"# {checkpoint.config.get('name', 'OLMoE')}",
+        f"# {inline(str(checkpoint.config.get('name', 'OLMoE')))}",
         f"An OLMoE of {config['num_hidden_layers']} layers, {config['hidden_size']} wide, {config['num_experts']} experts of "
         f"which a token takes {config['num_experts_per_tok']}, trained on sequences of {checkpoint.sequence_length} tokens.",
         "## Attention",
@@ -46,22 +47,22 @@ def model_card(checkpoint: Checkpoint, config: dict[str, Any], pictures: Sequenc
 def _attention(checkpoint: Checkpoint) -> str:
     layers: dict[str, list[int]] = {}
     for i, layer in enumerate(checkpoint.layers):
-        options = ", ".join(f"{key}: {value}" for key, value in layer.items() if key != "name")
-        layers.setdefault(f"`{layer['name']}` ({options})", []).append(i)
+        options = ", ".join(f"{key}: {inline(str(value))}" for key, value in layer.items() if key != "name")
+        layers.setdefault(f"{inline(layer['name'])} ({options})", []).append(i)
     return "\n".join(f"- layers {', '.join(map(str, numbers))}: {words}" for words, numbers in layers.items())
 
 
 def _training(checkpoint: Checkpoint) -> str:
     dataset = checkpoint.config["dataset"]
-    sources = ", ".join(f"`{path}`" for path in dataset.get("paths") or []) or "not recorded"
+    sources = ", ".join(inline(str(path)) for path in dataset.get("paths") or []) or "not recorded"
     tokenizer = str(dataset["tokenizer"].get("identifier"))
     if tokenizer.endswith(".json"):  # a file of the training machine: here it lies beside the weights
         tokenizer = Path(tokenizer).name
     commit = describe("cpu")["commit"] or "unknown"
     return "\n".join(
         [
-            f"- data: {sources}; tokenizer `{tokenizer}`",
-            f"- checkpoint: `{Path(checkpoint.path).name}`",
+            f"- data: {sources}; tokenizer {inline(tokenizer)}",
+            f"- checkpoint: {inline(Path(checkpoint.path).name)}",
             f"- exported by spattn_olmoe {__version__}, commit {commit}",
         ]
     )

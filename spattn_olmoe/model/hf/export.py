@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from ...files import sync_folder
+from ...files import inside, sync_folder
+from ...json_files import read_json
 from ...patterns import Pattern, build_pattern
 from ...serving import modeling_spattn_olmoe
 from ..checkpoint import Checkpoint
@@ -204,7 +205,7 @@ def verify(checkpoint: Checkpoint, folder: str | Path) -> dict[str, Any]:
     :raises ValueError: something differs.
     """
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder / "config.json")
     shape = Shape.of(config)
     read, there = reader(checkpoint.path, shape), Published(folder)
     require_weights(there.shapes, shape.published(), str(folder))
@@ -226,7 +227,7 @@ def _largest_difference(checkpoint: Checkpoint, folder: Path, T: int) -> float:
 
     ids = torch.randint(checkpoint.model.vocab_size, (1, T), generator=torch.Generator().manual_seed(0))
     theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
-    dtype = DTYPES[json.loads((folder / "config.json").read_text())["dtype"]]
+    dtype = DTYPES[read_config(folder / "config.json")["dtype"]]
     logits = theirs(ids).logits
     del theirs
     ours = checkpoint.load("cpu").model.float()
@@ -248,7 +249,7 @@ class Published:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         index = self.folder / "model.safetensors.index.json"
-        listed = read_json(index)["weight_map"] if index.is_file() else None
+        listed = read_json(index, {"weight_map": {str: str}})["weight_map"] if index.is_file() else None
         for file in sorted(set(listed.values())) if listed else ["model.safetensors"]:
             tensors = self._open(file)
             for name in tensors.keys():  # noqa: SIM118 - safetensors' files are no dictionaries
@@ -264,7 +265,7 @@ class Published:
 
     def _open(self, file: str) -> Any:
         if file not in self.files:
-            path = self.folder / file
+            path = inside(self.folder, file, links=True)  # the hub keeps files elsewhere, and links to them
             try:
                 self.files[file] = safe_open(path, framework="pt")
             except FileNotFoundError:
@@ -274,14 +275,12 @@ class Published:
         return self.files[file]
 
 
-def read_json(path: Path) -> Any:
-    """The contents of a JSON file of a model's folder.
+def read_config(path: Path) -> dict[str, Any]:
+    """The ``config.json`` of a folder in transformers' format.
 
-    :raises ValueError: it is missing.
+    :raises ValueError: there is none, or it is damaged.
     """
     try:
-        return json.loads(path.read_text())
+        return read_json(path, dict)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: name a folder that transformers could load") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): restore it") from None

@@ -20,7 +20,7 @@ from ..checkpoint_files import write_checksums
 from ..fingerprint import FILE_NAME, Fingerprint
 from ..section import BASELINE, with_attention
 from .config import hf_config, require_same_model
-from .export import Published, complete_or_absent, read_json, require_weights
+from .export import Published, complete_or_absent, read_config, require_weights
 from .weights import Shape
 
 
@@ -52,7 +52,7 @@ def import_published(
         pad_token_id=tokenizer["pad_token_id"],
         dtype="float32",
     )
-    require_same_model(read_json(source / "config.json"), wanted, str(source / "config.json"), yaml)
+    require_same_model(read_config(source / "config.json"), wanted, str(source / "config.json"), yaml)
     shape, weights = Shape.of(wanted), Published(source)
     fused = any(name.endswith("experts.gate_up_proj") for name in weights.shapes)
     require_weights(weights.shapes, shape.published(fused), str(source))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ...files import replace_file
+from ...json_files import read_json
 from ...machine import describe
 from ...model.section import layer_patterns, with_attention
 from ...patterns.variants import find_variant
@@ -134,7 +135,7 @@ def run_jobs(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return [{**json.loads(job.file(out).read_text()), "name": job.name} for job in jobs]
+    return [{**read_json(job.file(out), dict), "name": job.name} for job in jobs]
 
 
 def _run(job: Job, out: Path, device: str) -> dict[str, Any]:

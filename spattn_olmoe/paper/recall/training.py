@@ -116,10 +116,13 @@ def train(
     )
     curve: list[dict[str, Any]] = []
     if state is not None and state.exists():
-        saved = torch.load(state, weights_only=True, map_location=device)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        curve = saved["curve"]
+        try:
+            saved = torch.load(state, weights_only=True, map_location=device)
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            curve = saved["curve"]
+        except Exception as error:  # a damaged pickle may raise anything
+            raise ValueError(f"{state} is damaged ({type(error).__name__}): remove it") from error
     held_out = task.batch(_HELD_OUT, 0, setting.eval_sequences)
     losses: list[float] = []
     for step in range(curve[-1]["step"] + 1 if curve else 1, setting.steps + 1):
