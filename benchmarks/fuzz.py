@@ -62,6 +62,10 @@ def write(
         "first": min(ends),
         "ends": dict(kinds),
         "by_script": {script: dict(counts) for script, counts in sorted(by_script.items())},
+        "seconds": {
+            script: round(sum(e.seconds for n, e in ends.items() if commands[n][0] == script), 1)
+            for script in by_script
+        },
         "most_seconds": max(end.seconds for end in ends.values()),
         "most_megabytes": max(end.megabytes for end in ends.values()),
         "faults": [

@@ -107,6 +107,8 @@ def check_results(results: Any, where: str) -> None:
             raise ValueError(f"{where}: measurements.{column.key} has no metric {column.metric!r}")
         for leaf, questions in measurement["questions"].items():
             place, n = f"measurements.{column.key}.questions.{leaf}", len(questions["doc_hash"])
+            if column.metric is not None and column.metric not in questions:
+                raise ValueError(f"{where}: {place} has no {column.metric!r}")
             for metric, values in questions.items():
                 if metric != "doc_hash":
                     check_shape(values, [(float, bool)], where, f"{place}.{metric}")
@@ -204,7 +206,7 @@ def _difference(column: Column, metric: str, x: np.ndarray, y: np.ndarray) -> di
 
 
 def _check_comparable(a: dict[str, Any], b: dict[str, Any]) -> None:
-    for key in ("suite", "offline"):
+    for key in ("suite", "offline", "columns"):
         if a[key] != b[key]:
             raise ValueError(f"--compare: A has {key}={a[key]} but B {b[key]}: evaluate both alike")
     if a["measurements"].keys() != b["measurements"].keys():
@@ -213,8 +215,11 @@ def _check_comparable(a: dict[str, Any], b: dict[str, Any]) -> None:
     for key, measurement in a["measurements"].items():
         other = b["measurements"][key]
         hashes = [{leaf: q["doc_hash"] for leaf, q in m["questions"].items()} for m in (measurement, other)]
+        metrics = [{leaf: sorted(q) for leaf, q in m["questions"].items()} for m in (measurement, other)]
         if hashes[0] != hashes[1] or measurement["num_fewshot"] != other["num_fewshot"]:
             raise ValueError(
                 f"--compare: A and B have other questions in {key} (limit {a['limit']} and {b['limit']}): "
                 "evaluate both with the same limit, data and versions"
             )
+        if metrics[0] != metrics[1]:
+            raise ValueError(f"--compare: A and B have other metrics in {key}: evaluate both with the same version")

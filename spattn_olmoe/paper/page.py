@@ -23,7 +23,7 @@ from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
 from ..json_files import read_json
-from ..model.fingerprint import FILE_NAME
+from ..model.fingerprint import FILE_NAME, Fingerprint
 from ..patterns import Pattern, build_pattern
 from ..patterns.variants import mask_name
 from ..train.metrics import METRICS_FILE, read_metrics
@@ -81,18 +81,18 @@ class RunData:
         )
         newest = steps[-1] if steps else root
         config = _json(newest / "config.json") or {}
-        losses = _json(newest / "evaluation" / "loss.json") or {}
+        losses = _json(newest / "evaluation" / "loss.json", _LOSSES) or {}
         mine = [own for own in losses.get("checkpoints", []) if Path(own["checkpoint"]).resolve() == newest.resolve()]
-        fingerprint = _json(root / FILE_NAME) or _json(newest / FILE_NAME)
+        fingerprint = Fingerprint.read(str(root)) or Fingerprint.read(str(newest))
         if fingerprint is None:
             raise ValueError(f"{root / FILE_NAME} does not exist: the run's attention type is not known")
         return cls(
             root,
             read_metrics(root),
-            fingerprint["layers"],
+            list(fingerprint.layers),
             _flat(config),
             mine[0]["loss"] if mine else [],
-            _json(root / "heads.json"),
+            _json(root / "heads.json", {"checkpoints": {str: {"entropy": float}}}),
         )
 
     @property
@@ -109,14 +109,16 @@ class RunData:
     @property
     def patterns(self) -> list[Pattern]:
         """The different masks of its layers."""
-        built = [build_pattern(**layer) for layer in self.layers]
-        return list(dict.fromkeys(built))
+        try:
+            return list(dict.fromkeys(build_pattern(**layer) for layer in self.layers))
+        except TypeError as error:  # an option of another kind than any of a type's
+            raise ValueError(f"{self.folder / FILE_NAME} is damaged ({error}): restore it") from None
 
     @property
     def tokens_per_step(self) -> int | None:
         """Tokens of a step; None before the first checkpoint, which is what states it."""
         size = self.config.get("data_loader.global_batch_size")
-        return int(size) if size else None
+        return size if isinstance(size, int) and size > 0 else None
 
     def series(self, wanted: Callable[[str], bool]) -> tuple[list[int], list[float]]:
         """Steps and values of the first metric that is wanted."""
@@ -136,8 +138,12 @@ class RunData:
         }
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    return read_json(path, dict) if path.is_file() else None
+_LOSSES = {"checkpoints": [{"checkpoint": str, "loss": [{"context": [int], "loss": float}]}]}
+_RECALL = {"types": {str: {"seeds": {str: {"curve": [{"bands": [{"accuracy": (float, None)}]}]}}}}}
+
+
+def _json(path: Path, shape: Any = dict) -> dict[str, Any] | None:
+    return read_json(path, shape) if path.is_file() else None
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -242,8 +248,11 @@ def _positions(groups: dict[str, list[RunData]]) -> str:
     for index, (name, runs) in enumerate(groups.items()):
         rows = [run.loss_by_position[1:] for run in runs if run.loss_by_position]
         if rows:
+            contexts = [[tuple(row["context"]) for row in own] for own in rows]
+            if any(own != contexts[0] for own in contexts) or any(len(context) != 2 for context in contexts[0]):
+                raise ValueError(f"{name}: its loss.json has other ranges of context than another seed's")
             values = np.array([[row["loss"] for row in own] for own in rows])
-            labels = [f"{row['context'][0]} to {row['context'][1] - 1}" for row in rows[0]]
+            labels = [f"{lo} to {hi - 1}" for lo, hi in contexts[0]]
             _line(figure, labels, values, name, _COLOURS[index % len(_COLOURS)])
     figure.update_layout(xaxis_title="tokens of context", yaxis_title="nats per token")
     return _html(figure)
@@ -252,12 +261,14 @@ def _positions(groups: dict[str, list[RunData]]) -> str:
 def _recall(path: str | Path | None) -> str:
     if path is None:
         return ""
-    summary = _json(Path(path))
-    if summary is None or "types" not in summary:
-        raise ValueError(f"{path}: not a summary that reproduce.py recall wrote")
+    summary = _json(Path(path), _RECALL)
+    if summary is None:
+        raise ValueError(f"{path}: does not exist")
     figure = go.Figure()
     for index, (name, own) in enumerate(summary["types"].items()):
-        ends = [seed["curve"][-1]["bands"] for seed in own["seeds"].values()]
+        ends = [seed["curve"][-1]["bands"] for seed in own["seeds"].values() if seed["curve"]]
+        if not ends or not ends[0] or len({len(bands) for bands in ends}) > 1:
+            raise ValueError(f"{path}: {name} has no seed, or seeds of other bands")
         values = np.array([[cell["accuracy"] for cell in bands] for bands in ends], float)
         mean = values.mean(0)
         spread = {"array": (values.max(0) - mean).tolist(), "arrayminus": (mean - values.min(0)).tolist()}

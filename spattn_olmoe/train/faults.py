@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import math
@@ -21,10 +22,15 @@ from olmo_core.train.common import OPTIM_GRAD_NORM_METRIC, TRAIN_CE_LOSS_METRIC,
 from olmo_core.utils import cuda_sync_debug_mode
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from ..errors import fail
 from ..exit_code import keep
+from .checkpoints import SaveError
 from .finite import find_non_finite
 
 log = logging.getLogger(__name__)
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors that are no defect: no room, no quota, a disk that may not be written."""
 
 SKIPPED_METRIC = "optim/step skipped"
 
@@ -44,7 +50,12 @@ def fit(trainer: Trainer) -> int:
         record(trainer.fit)()  # tells the launcher what failed, so that it can name the first of many failures
     except SystemExit:
         raise
-    except BaseException:
+    except BaseException as error:
+        if get_world_size() == 1 and isinstance(error, SaveError):
+            fail(str(error), 1)
+        if get_world_size() == 1 and isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            advice = "make room, then start the same command again to resume"
+            fail(f"cannot write in {trainer.save_folder} ({error.strerror}): {advice}", 1)
         if get_world_size() > 1:
             # Background threads may be blocked on other ranks, so a normal exit could hang. Exit hard; the launcher then
             # stops the other ranks.

@@ -6,6 +6,8 @@ A fork costs a fraction of a second where a new Python costs many, and what a co
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import runpy
 import signal
@@ -14,17 +16,40 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from spattn_olmoe.train.ranges import RANGES
+
 ROOT = Path(__file__).parents[2]
 SECONDS = 20.0
-"""Of processor time, so that a busy machine makes no hang; a process that sleeps is given three times as long."""
+"""Of processor time, so that a busy machine makes no hang; of sleep, three times as long."""
 MEGABYTES = 3000
 CANARY = "evilmod"
 """A module that lies on the path of every command and must never be imported."""
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+ANSWERS_NO = ("check_env.py", "train.py")
+"""Scripts for which status 1 is an answer: this machine cannot; a run that went wrong in its steps, with a message."""
+PROGRAMS = (
+    "git",
+    "nvidia-smi",
+    "sinfo",
+    "squeue",
+    "sbatch",
+    "kubectl",
+    "lscpu",
+    "uname",
+    "rocminfo",
+    "/sbin/ldconfig",
+    "gcc",
+    "cc",
+)
+"""What commands may start to look at a machine."""
+
 _RUNS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
 _CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.truncate", "os.symlink", "os.link", "shutil.rmtree")
 
@@ -57,23 +82,31 @@ def run(argv: list[str], folder: Path) -> End:
     status, usage, hung = _wait(child)
     text = output.read_text(errors="replace") if output.exists() else ""
     end = End(os.waitstatus_to_exitcode(status), time.monotonic() - before, usage.ru_maxrss // 1024, text[-4000:])
-    return End(**{**vars(end), "fault": _fault(end, text, hung, seen)})
+    return End(**{**vars(end), "fault": _fault(argv, end, text, hung, seen)})
 
 
 def _wait(child: int) -> tuple[int, Any, bool]:
-    deadline = time.monotonic() + 3 * SECONDS
+    begun = used = 0.0
     while True:
         done, status, usage = os.wait4(child, os.WNOHANG)
         if done:
             return status, usage, os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
-        if time.monotonic() > deadline:
+        if (now := _processor_seconds(child)) > used:
+            begun, used = time.monotonic(), now
+        if time.monotonic() > begun + 3 * SECONDS:
             os.kill(child, signal.SIGKILL)
             _, status, usage = os.wait4(child, 0)
             return status, usage, True
         time.sleep(0.005)
 
 
-def _fault(end: End, text: str, hung: bool, seen: Path) -> str:
+def _processor_seconds(process: int) -> float:
+    """What a process has used; itself alone, not those that it has started."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12]) + 1) / os.sysconf("SC_CLK_TCK")
+
+
+def _fault(argv: list[str], end: End, text: str, hung: bool, seen: Path) -> str:
     if seen.exists():
         return f"guard: {seen.read_text(errors='replace').splitlines()[0]}"
     if hung:
@@ -85,10 +118,33 @@ def _fault(end: End, text: str, hung: bool, seen: Path) -> str:
     if end.megabytes > MEGABYTES:
         return f"memory: {end.megabytes} MB"
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    if "\x1b" in text:
+        return "escape: a control character of the input is in what is printed"
     if end.status == 2 and len(errors) != 1:
         return f"lines: {len(errors)} of error"
-    if end.status not in (0, 2):
+    if end.status not in (0, 2) and not (end.status == 1 and argv[0] in ANSWERS_NO):
         return f"status: {end.status}"
+    return nonsense(argv, seen.parent) if end.status == 0 else ""
+
+
+def nonsense(argv: list[str], folder: Path) -> str:
+    """What is wrong with a command that ended well: values that no run may have, no model, text that became markup."""
+    for word in argv[1:] if argv[0] in ("train.py", "plan.py", "check_env.py") else ():
+        key, equals, text = word.partition("=")
+        value = yaml.safe_load(text) if equals and len(text) < 20 and text[:1] in "-.0123456789" else None
+        bounds = next((own for pattern, own in RANGES.items() if fnmatchcase(key, pattern)), None)
+        if isinstance(value, (int, float)) and (
+            not math.isfinite(value) or (bounds is not None and value not in bounds)
+        ):
+            return f"nonsense: {word} was accepted"
+    if argv[0] == "train.py" and not {"--dry-run", "--show"} & set(argv):
+        steps = [json.loads(line) for path in folder.glob("**/metrics.jsonl") for line in path.read_text().splitlines()]
+        losses = [step["train/CE loss"] for step in steps if "train/CE loss" in step]
+        if not losses or any(loss is None or not 0 < loss < 100 for loss in losses):
+            return f"nonsense: losses {losses}"
+    for path in folder.glob("*.html"):
+        if "</script><b>" in path.read_text():
+            return "nonsense: text of a file is markup of the page"
     return ""
 
 
@@ -144,7 +200,7 @@ def _watched(folder: Path, seen: Path) -> Iterator[None]:
     def watch(event: str, args: tuple[Any, ...]) -> None:
         if event == "import" and str(args[0]).split(".")[0] == CANARY:
             report(f"imported {args[0]}")
-        elif event in _RUNS:
+        elif event in _RUNS and not _looks(event, args):
             report(f"ran {event} {str(args)[:200]}")
         elif event == "open" and isinstance(args[2], int) and args[2] & _WRITES and isinstance(args[0], (str, bytes)):
             path = os.path.realpath(os.fsdecode(args[0]))
@@ -154,6 +210,9 @@ def _watched(folder: Path, seen: Path) -> Iterator[None]:
             path = os.path.realpath(os.path.dirname(os.path.abspath(os.fsdecode(args[0]))))
             if not path.startswith(own):
                 report(f"changed {os.fsdecode(args[0])}")
+
+    def _looks(event: str, args: tuple[Any, ...]) -> bool:
+        return event == "subprocess.Popen" and os.fsdecode(args[0]).rpartition("/")[2] in PROGRAMS
 
     sys.addaudithook(watch)
     yield

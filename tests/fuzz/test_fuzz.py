@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from . import cases, guard
-from .material import Material, preload
+from .material import Material, preload, published_model
 
 INPUTS = 4 * len(cases.MAKERS)
 
 
 @pytest.fixture(scope="module")
-def material(tiny_yaml: Path, tiny_data: Path, trained: Path) -> Material:
+def material(tiny_yaml: Path, tiny_data: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Material:
     preload()
-    return Material(tiny_yaml, tiny_data, trained)
+    return Material(tiny_yaml, tiny_data, trained, published_model(tmp_path_factory.mktemp("published")))
 
 
 @pytest.mark.parametrize("first", range(0, INPUTS, 16))

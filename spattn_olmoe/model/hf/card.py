@@ -48,7 +48,7 @@ def _attention(checkpoint: Checkpoint) -> str:
     layers: dict[str, list[int]] = {}
     for i, layer in enumerate(checkpoint.layers):
         options = ", ".join(f"{key}: {inline(str(value))}" for key, value in layer.items() if key != "name")
-        layers.setdefault(f"{inline(layer['name'])} ({options})", []).append(i)
+        layers.setdefault(f"`{layer['name']}` ({options})", []).append(i)
     return "\n".join(f"- layers {', '.join(map(str, numbers))}: {words}" for words, numbers in layers.items())
 
 
