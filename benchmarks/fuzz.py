@@ -10,19 +10,24 @@ import argparse
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
 from spattn_olmoe import machine
+from spattn_olmoe.errors import real, whole
 from tests.fuzz import cases, guard
 from tests.fuzz.material import Material, preload
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=1600)
-    parser.add_argument("--first", type=int, default=0, help="the number of the first input")
-    parser.add_argument("--only", type=int, nargs="*", help="these inputs alone, and what they print")
+    parser.add_argument("--inputs", type=whole(1, 10**9), default=1600)
+    parser.add_argument(
+        "--minutes", type=real(0, 1e6), default=1e6, help="stop after so long, and write what was found"
+    )
+    parser.add_argument("--first", type=whole(0, 10**9), default=0, help="the number of the first input")
+    parser.add_argument("--only", type=whole(0, 10**9), nargs="*", help="these inputs alone, and what they print")
     parser.add_argument("--out", help="a file for the result, .json")
     args = parser.parse_args()
     numbers = args.only if args.only is not None else range(args.first, args.first + args.inputs)
@@ -31,7 +36,10 @@ def main() -> int:
         preload()
         ends: dict[int, guard.End] = {}
         commands: dict[int, list[str]] = {}
+        end = time.monotonic() + 60 * args.minutes
         for number in numbers:
+            if ends and time.monotonic() > end:
+                break
             folder = Path(work) / f"input{number}"
             commands[number] = cases.make(number, material, folder)
             ends[number] = guard.run(commands[number], folder)

@@ -123,3 +123,15 @@ def test_unlike_results_are_not_compared(change, message):
 def test_other_questions_are_not_compared():
     with pytest.raises(ValueError, match=r"other questions in hellaswag 0-shot"):
         compare(results({key: [1, 0] for key in KEYS}), results({key: [1, 0, 1] for key in KEYS}))
+
+
+def test_other_columns_or_metrics_are_not_compared():
+    a, b = (results({key: [1, 0] for key in KEYS}) for _ in range(2))
+    b["columns"] = [{**column, "num_fewshot": None} for column in b["columns"]]
+    with pytest.raises(ValueError, match="A has columns="):
+        compare(a, b)
+    b = results({key: [1, 0] for key in KEYS})
+    leaf = next(iter(b["measurements"][KEYS[0]]["questions"].values()))
+    leaf["other"] = leaf.pop("acc")
+    with pytest.raises(ValueError, match="other metrics in"):
+        compare(a, b)

@@ -9,7 +9,7 @@ import pytest
 from . import cases, guard
 from .material import Material, preload, published_model
 
-INPUTS = 4 * len(cases.MAKERS)
+INPUTS = 2 * len(cases.MAKERS)
 
 
 @pytest.fixture(scope="module")

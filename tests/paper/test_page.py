@@ -71,3 +71,24 @@ def test_text_from_files_is_text(runs, tmp_path):
     shutil.copytree(runs[0], evil)
     page = write([evil, runs[2]], tmp_path / "page.html").read_text()
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("recall.json", {"types": {"eball": {"seeds": "x"}}}, "seeds is 'x', not a mapping"),
+        ("recall.json", {"types": {"eball": {"seeds": {}}}}, "eball has no seed"),
+        ("recall.json", {"types": {"eball": {"seeds": {"0": {"curve": []}}}}}, "eball has no seed"),
+        ("heads.json", {"checkpoints": {"a": {"entropy": "x"}}}, "entropy is 'x', not a number"),
+        ("step3/evaluation/loss.json", {"checkpoints": [{"loss": []}]}, "has no 'checkpoints"),
+        ("attention.json", {"layers": 5}, "attention.json"),
+    ],
+)
+def test_files_of_another_structure_are_one_line(runs, tmp_path, name, content, said):
+    folder = tmp_path / "run"
+    shutil.copytree(runs[0], folder)
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=said):
+        write([folder], tmp_path / "page.html", recall=path if path.stem == "recall" else None)
