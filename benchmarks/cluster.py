@@ -28,7 +28,7 @@ import yaml
 from benchmarks.slurm_cluster import SlurmCluster, missing
 from benchmarks.tiny import BASE, ROOT, TINY, run_overrides, write_data
 from spattn_olmoe import machine
-from spattn_olmoe.train.metrics import read_metrics
+from spattn_olmoe.train.metrics import last_step, read_metrics
 
 STEPS = 900
 PATIENCE = 900.0
@@ -86,10 +86,7 @@ class Job:
     @property
     def step(self) -> int:
         """The last one in the metrics."""
-        try:
-            return max(read_metrics(self.run), default=0)
-        except FileNotFoundError:
-            return 0
+        return last_step(self.run)
 
     @property
     def saved(self) -> int:

@@ -30,7 +30,7 @@ from typing import Any
 from benchmarks import arguments
 from spattn_olmoe import machine
 from spattn_olmoe.errors import whole
-from spattn_olmoe.train.metrics import read_metrics
+from spattn_olmoe.train.metrics import last_step, read_metrics
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
 LIMIT = 300.0
@@ -76,10 +76,7 @@ class Trial:
     @property
     def step(self) -> int:
         """The last step in the metrics file."""
-        try:
-            return max(read_metrics(self.run), default=0)
-        except FileNotFoundError:
-            return 0
+        return last_step(self.run)
 
     @property
     def curve(self) -> dict[int, tuple[float, float]]:

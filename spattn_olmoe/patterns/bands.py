@@ -50,8 +50,7 @@ class SPAttention(BandedPattern):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.local_sharing, bool):
-            raise ValueError(f"attention.local_sharing={self.local_sharing!r}: must be true or false")
+        self.check_flag("local_sharing")
 
     def head_intervals(self, h: int) -> list[Interval]:
         start, width = self.band(h)

@@ -71,8 +71,7 @@ class Pattern(ABC):
 
     def __post_init__(self) -> None:
         self.check_whole("n_heads", "band_length", at_least=1)
-        if not isinstance(self.follows_input, bool):
-            raise ValueError(f"attention.follows_input={self.follows_input!r}: must be true or false")
+        self.check_flag("follows_input")
         if self.head_order != NATURAL:
             order = checked_order(self.head_order, self.n_heads)
             in_order = order == tuple(range(self.n_heads))  # equal patterns compare equal
@@ -85,6 +84,12 @@ class Pattern(ABC):
             if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= at_most:
                 most = f" and at most {at_most}" if isinstance(value, int) and value > at_most else ""
                 raise ValueError(f"attention.{key}={value!r}: must be a whole number of at least {at_least}{most}")
+
+    def check_flag(self, option: str) -> None:
+        """Raise a ValueError unless an option is true or false."""
+        value = getattr(self, option)
+        if not isinstance(value, bool):
+            raise ValueError(f"attention.{option}={value!r}: must be true or false")
 
     def check_read(self, option: str, wanted: str, others: tuple[str, ...]) -> None:
         """Raise a ValueError where one of ``others`` is set and not read, because ``option`` is not ``wanted``."""

@@ -48,8 +48,7 @@ class EqualArea(IntervalPattern):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.local_sharing, bool):
-            raise ValueError(f"attention.local_sharing={self.local_sharing!r}: must be true or false")
+        self.check_flag("local_sharing")
 
     def head_intervals(self, h: int) -> list[Interval]:
         window = self.band_length // self.n_heads + 1 if self.local_sharing else 0

@@ -82,6 +82,14 @@ def _parsed(line: str) -> dict[str, Any] | None:
     }
 
 
+def last_step(folder: str | Path) -> int:
+    """The last step that a run has written metrics of; 0 where there is none yet."""
+    try:
+        return max(read_metrics(folder), default=0)
+    except FileNotFoundError:
+        return 0
+
+
 def read_metrics(folder: str | Path) -> dict[int, dict[str, float]]:
     """The metrics of a run by step, in order of steps; NaN for those that were not finite, which the file has as null."""
     by_step: dict[int, dict[str, float]] = {}
