@@ -4,6 +4,7 @@ python scripts/evaluate.py --checkpoint runs/quickstart-spattention --suite tabl
 python scripts/evaluate.py --checkpoint DIR --tasks piqa,sciq follows_input=true
 python scripts/evaluate.py --compare results/a/table1.json results/b/table1.json
 python scripts/evaluate.py --checkpoint DIR_A DIR_B --loss [--by repeat]
+python scripts/evaluate.py --checkpoint DIR_A DIR_B --needle --limit 32
 """
 
 from __future__ import annotations
@@ -28,18 +29,23 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", help="names of lm-eval's tasks and groups, with commas between, instead of a suite")
     parser.add_argument("--num-fewshot", type=whole(0, 1000), help="worked examples, with --tasks")
     parser.add_argument(
-        "--limit", type=whole(1, 2**31), help="the first so many questions of each task, or sequences with --loss"
+        "--limit", type=whole(1, 2**31), help="the first so many questions of each task, or held-out sequences"
     )
     parser.add_argument("--batch-size", type=whole(1, 2**16), default=16)
     parser.add_argument("--out", help="folder of the results; by default the checkpoint's, in evaluation/")
     parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="paired differences of two results")
     parser.add_argument("--loss", action="store_true", help="held-out loss of one or more checkpoints")
     parser.add_argument(
+        "--needle", action="store_true", help="what a number gains by having been written down, by distance"
+    )
+    parser.add_argument(
         "--by",
         choices=("context", "repeat"),
         help="with --loss: group tokens by how many stand before them (the default), or by how far back they repeat",
     )
-    parser.add_argument("--data", help="with --loss: prepared data to read instead of the checkpoint's own")
+    parser.add_argument(
+        "--data", help="with --loss and --needle: prepared data to read instead of the checkpoint's own"
+    )
     parser.add_argument(
         "options", nargs="*", metavar="key=value", help="offline, follows_input, max_length, tokenizer, device"
     )

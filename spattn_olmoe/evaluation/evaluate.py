@@ -5,15 +5,21 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import nearest
 from ..settings import parse
 
+if TYPE_CHECKING:
+    from ..model.checkpoint import Checkpoint
+    from .loss import HeldOut
+
 _OPTIONS = ("offline", "follows_input", "max_length", "tokenizer", "device")
 _TRUE_OR_FALSE = ("offline", "follows_input")
 LOSS_FORMAT = "spattn_olmoe held-out loss 2"
+NEEDLE_FORMAT = "spattn_olmoe needle 1"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -34,6 +40,8 @@ def main(args: argparse.Namespace) -> None:
     with ranks.together():
         if args.loss:
             _loss(args, checkpoints, options)
+        elif args.needle:
+            _needle(args, checkpoints, options)
         else:
             _suite(args, checkpoints[0], options)
 
@@ -63,27 +71,30 @@ def read_options(words: list[str]) -> dict[str, Any]:
 
 
 def _check(args: argparse.Namespace, checkpoints: list[str], options: dict[str, Any]) -> None:
-    if args.compare and (checkpoints or args.loss or args.suite or args.tasks):
+    if args.compare and (checkpoints or args.loss or args.needle or args.suite or args.tasks):
         raise ValueError("--compare takes two results files and nothing else but --out")
     if args.compare:
         return
     if not checkpoints:
         raise ValueError("name a checkpoint with --checkpoint DIR, or two results with --compare A.json B.json")
-    if args.loss:
-        if args.suite or args.tasks:
-            raise ValueError("--loss takes no --suite and no --tasks: evaluate those in a call of their own")
+    if args.by and not args.loss:
+        raise ValueError(f"--by {args.by}: only --loss groups tokens")
+    if args.loss or args.needle:
+        what = "--loss" if args.loss else "--needle"
+        if args.suite or args.tasks or (args.loss and args.needle):
+            raise ValueError(
+                f"{what} takes no --suite, no --tasks and no other measure: evaluate those in a call of their own"
+            )
         for key in ("offline", "max_length", "tokenizer"):
             if key in options:
-                raise ValueError(f"{key}={options[key]}: --loss reads prepared tokens and has no use for it")
+                raise ValueError(f"{key}={options[key]}: {what} reads prepared tokens and has no use for it")
         return
     if len(checkpoints) > 1:
         raise ValueError(
-            f"--checkpoint names {len(checkpoints)}: only --loss takes several; evaluate one and --compare"
+            f"--checkpoint names {len(checkpoints)}: only --loss and --needle take several; evaluate one and --compare"
         )
     if args.data:
-        raise ValueError(f"--data {args.data}: only --loss reads prepared data")
-    if args.by:
-        raise ValueError(f"--by {args.by}: only --loss groups tokens")
+        raise ValueError(f"--data {args.data}: only --loss and --needle read prepared data")
     if args.suite and args.tasks:
         raise ValueError("--suite and --tasks exclude each other: give one")
     if args.num_fewshot is not None and not args.tasks:
@@ -133,55 +144,100 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _loss(args: argparse.Namespace, folders: list[str], options: dict[str, Any]) -> None:
-    import numpy as np
-    from olmo_core.distributed.utils import get_rank
-
-    from ..machine import default_device, describe
-    from ..model.checkpoint import Checkpoint
-    from ..patterns import attention_name
     from . import loss
-    from .scores import writable_folder, write, writing_to
 
-    checkpoints = [Checkpoint.open(folder, follows_input=options.get("follows_input")) for folder in folders]
-    folder = writable_folder(args.out or Path(checkpoints[0].path) / "evaluation")
-    held_out = loss.HeldOut.read(checkpoints[0], args.data, args.limit)
-    for checkpoint in checkpoints[1:]:
-        other = loss.HeldOut.read(checkpoint, args.data, args.limit)
-        if not np.array_equal(other.ids, held_out.ids):
-            raise ValueError(
-                f"{checkpoint.path} has other held-out sequences than {checkpoints[0].path}: losses over different text, "
-                "tokens or lengths cannot be paired; give one set with --data DIR"
-            )
+    checkpoints, held_out, folder = _paired(args, folders, options)
     by = args.by or "context"
     numbers = loss.GROUPINGS[by][1](held_out.ids)
     runs: list[dict[str, Any]] = []
     for checkpoint in checkpoints:
         losses = loss.token_losses(checkpoint, held_out, batch_size=args.batch_size, device=options.get("device"))
-        rows = loss.summarise(losses, numbers, by)
-        run = {"attention": list(checkpoint.layers), "follows_input": checkpoint.layers[0]["follows_input"]}
-        run |= {
-            "checkpoint": checkpoint.path,
-            "attention_name": attention_name(run["attention"], run["follows_input"]),
-            "loss": rows,
-        }
+        run = {**_described(checkpoint), "loss": loss.summarise(losses, numbers, by)}
         if runs:
-            run["difference_from_first"] = loss.differences(runs[0]["loss"], rows, by)
+            run["difference_from_first"] = loss.differences(runs[0]["loss"], run["loss"], by)
         runs.append(run)
-    if get_rank() != 0:
-        return
-    results = {
-        "format": LOSS_FORMAT,
-        "by": by,
+    results = {"format": LOSS_FORMAT, "by": by, **_text_described(held_out, options), "checkpoints": runs}
+    _write(results, loss.markdown, folder, "loss" if by == "context" else f"loss_by_{by}")
+
+
+def _needle(args: argparse.Namespace, folders: list[str], options: dict[str, Any]) -> None:
+    from . import needle
+
+    checkpoints, held_out, folder = _paired(args, folders, options)
+    first = checkpoints[0].layers[0]
+    made = needle.needles(checkpoints[0].tokenizer(), len(held_out.ids))
+    where = needle.places(first["n_heads"], first["band_length"], made, held_out.ids.shape[1])
+    distances = [distance for *_, distance in where]
+    runs: list[dict[str, Any]] = []
+    for checkpoint in checkpoints:
+        found = needle.gains(
+            checkpoint, held_out, made, distances, batch_size=args.batch_size, device=options.get("device")
+        )
+        runs.append({**_described(checkpoint), "needle": needle.summarise(found, where)})
+    results = {"format": NEEDLE_FORMAT, "n_heads": first["n_heads"], "band_length": first["band_length"]}
+    results |= {**_text_described(held_out, options), "checkpoints": runs}
+    _write(results, needle.markdown, folder, "needle")
+
+
+def _paired(
+    args: argparse.Namespace, folders: list[str], options: dict[str, Any]
+) -> tuple[list[Checkpoint], HeldOut, Path]:
+    """The checkpoints, the held-out text that all of them read, and the folder of the results."""
+    import numpy as np
+
+    from ..model.checkpoint import Checkpoint
+    from .loss import HeldOut, check_documents
+    from .scores import writable_folder
+
+    checkpoints = [Checkpoint.open(folder, follows_input=options.get("follows_input")) for folder in folders]
+    folder = writable_folder(args.out or Path(checkpoints[0].path) / "evaluation")
+    held_out = HeldOut.read(checkpoints[0], args.data, args.limit)
+    for checkpoint in checkpoints:
+        check_documents(checkpoint)
+        other = HeldOut.read(checkpoint, args.data, args.limit)
+        if not np.array_equal(other.ids, held_out.ids):
+            raise ValueError(
+                f"{checkpoint.path} has other held-out sequences than {checkpoints[0].path}: losses over different text, "
+                "tokens or lengths cannot be paired; give one set with --data DIR"
+            )
+    return checkpoints, held_out, folder
+
+
+def _described(checkpoint: Checkpoint) -> dict[str, Any]:
+    from ..patterns import attention_name
+
+    layers, follows_input = list(checkpoint.layers), checkpoint.layers[0]["follows_input"]
+    name = attention_name(layers, follows_input)
+    return {
+        "attention": layers,
+        "follows_input": follows_input,
+        "checkpoint": checkpoint.path,
+        "attention_name": name,
+    }
+
+
+def _text_described(held_out: HeldOut, options: dict[str, Any]) -> dict[str, Any]:
+    from ..machine import default_device, describe
+
+    return {
         "data": held_out.directory,
         "sequences": len(held_out.ids),
         "length": held_out.ids.shape[1],
         "machine": describe(options.get("device") or default_device()),
-        "checkpoints": runs,
     }
-    text = loss.markdown(results)
+
+
+def _write(results: dict[str, Any], markdown: Callable[[dict[str, Any]], str], folder: Path, stem: str) -> None:
+    """Print results and write them as ``stem.json`` and ``stem.md``, on rank 0."""
+    from olmo_core.distributed.utils import get_rank
+
+    from .scores import write, writing_to
+
+    if get_rank() != 0:
+        return
+    text = markdown(results)
     print(text)
     with writing_to(folder):
-        stem = "loss" if by == "context" else f"loss_by_{by}"
         write(results, folder / f"{stem}.json")
         (folder / f"{stem}.md").write_text(text)
     print(folder / f"{stem}.json", folder / f"{stem}.md", sep="\n")

@@ -85,15 +85,20 @@ def buckets(length: int) -> list[tuple[int, int]]:
     return list(zip(edges, [*edges[1:], length], strict=True))
 
 
+def check_documents(checkpoint: Checkpoint) -> None:
+    """Raise a ValueError where a token sees its own document only, which distances in a sequence do not know."""
+    if checkpoint.config["dataset"].get("generate_doc_lengths"):
+        raise ValueError(
+            f"{checkpoint.path} was trained with dataset.generate_doc_lengths=true, where a token sees its own document "
+            "only: what is measured by position or distance does not know documents"
+        )
+
+
 def token_losses(
     checkpoint: Checkpoint, held_out: HeldOut, *, batch_size: int, device: str | None = None, quiet: bool = False
 ) -> np.ndarray:
     """Cross-entropy in nats of every token but the first: ``(sequences, length - 1)``, context lengths 1 to length - 1."""
-    if checkpoint.config["dataset"].get("generate_doc_lengths"):
-        raise ValueError(
-            f"{checkpoint.path} was trained with dataset.generate_doc_lengths=true, where a token sees its own document "
-            "only: held-out loss by position does not know documents"
-        )
+    check_documents(checkpoint)
     module = checkpoint.load(device)
 
     @torch.inference_mode()

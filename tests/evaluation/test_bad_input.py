@@ -50,7 +50,7 @@ def expect(evaluate_command):
         (["offline=yes"], ["offline=yes: must be true or false"]),
         (["--loss", "--suite", "core"], ["--loss takes no --suite"]),
         (["--loss", "--data", "nowhere"], ["nowhere", "manifest.json"]),
-        (["--data", "x"], ["only --loss reads prepared data"]),
+        (["--data", "x"], ["only --loss and --needle read prepared data"]),
         (["--tasks", "copa", "device=cuda:99"], ["device=cuda:99", "no such GPU"]),
         (["--tasks", "copa", "device=gpu"], ["device=gpu", "not a device"]),
         (["tokenizer=missing.json"], ["missing.json", "no such file"]),
