@@ -82,12 +82,12 @@ def test_a_score_depends_on_nothing_beside_its_request(checkpoint_of, section):
             assert greedy == expected[i][1]
 
 
-@pytest.mark.parametrize(("name", "options"), [("standard", {}), ("spattention", {"local_sharing": True})])
-def test_an_export_under_lm_evals_own_model_scores_alike(checkpoint_of, tmp_path, name, options):
+@pytest.mark.parametrize("mask", ["dense", "sharing"])
+def test_an_export_under_lm_evals_own_model_scores_alike(checkpoint_of, tmp_path, mask):
     pytest.importorskip("transformers")
     from spattn_olmoe.model.hf.export import export
 
-    ours = SPAttnLM(checkpoint_of(name, **options), max_length=64)
+    ours = SPAttnLM(checkpoint_of(**VARIANTS[mask].section), max_length=64)
     export(ours.checkpoint, tmp_path / "exported")
     theirs = get_model("hf").create_from_arg_string(
         f"pretrained={tmp_path / 'exported'},trust_remote_code=True,max_length=64", {"batch_size": 8, "device": "cpu"}

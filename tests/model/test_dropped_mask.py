@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from benchmarks.tiny import HEADS, VOCAB, tiny, torchrun
 from spattn_olmoe import build_pattern
 from spattn_olmoe.model import apply_remedies, with_attention
+from spattn_olmoe.patterns import VARIANTS
 from spattn_olmoe.serving import modeling_spattn_olmoe as modeling
 
 from .hf.conftest import exported  # noqa: F401 - a fixture
@@ -19,8 +20,8 @@ from .ulysses_mask_worker import SCRIPT
 
 N, T = 48, 40
 SECTIONS = {
-    "exclusive bands": {"type": "spattention"},
-    "shared bands, hybrid": {"type": "spattention", "local_sharing": True, "layers": [1]},
+    "exclusive": VARIANTS["exclusive"].section,
+    "sharing, hybrid": VARIANTS["sharing"].section | {"layers": [1]},
 }
 each_section = pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS.keys())
 
@@ -100,7 +101,7 @@ def test_ulysses(tmp_path):
 
 
 def test_the_probe_finds_dense_attention_and_a_shifted_band(exported):  # noqa: F811
-    pair = exported(SECTIONS["exclusive bands"])
+    pair = exported(SECTIONS["exclusive"])
     weights, patterns = native_parts(pair)
     dense = build_pattern("standard", n_heads=HEADS, band_length=N)
     assert any(", key 0: does not move" in line for line in probe(pair.native, weights, [dense] * 2, pair.native))
