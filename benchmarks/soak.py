@@ -198,7 +198,7 @@ def soak(trials: tuple[Trial, Trial], kinds: list[str], *, disturbances: int, st
         "exit_statuses": dict(Counter(str(end["exit_status"]) for end in ends)),
         "second_processes_refused": sum("second_exit_status" in end for end in ends),
         "starts_refused_on_the_full_disk": sum("start_exit_status" in end for end in ends),
-        "resumed_from_a_checkpoint": log.count("Checkpoint successfully loaded"),
+        "resumed_from_a_checkpoint": log.count("resuming from "),
         "unfinished_checkpoints_passed_over": log.count("was never finished"),
         "checkpoints_at_the_end": sorted(path.name for path in disturbed.run.glob("step*")),
         "ends": ends,

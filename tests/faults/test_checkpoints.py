@@ -142,6 +142,7 @@ def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints(unbroken, new_r
     last = run.log.splitlines()[-1]
     for words in (f"{run.folder}/step8 could not be saved", "File too large", "GiB are free", "trainer.save_folder"):
         assert words in last
+    assert last.startswith("error: ")
     assert find_damage(str(run.folder / "step4")) is None
     assert find_checkpoint(run.folder) == str(run.folder / "step4")
     assert run() == 0, run.log
@@ -206,6 +207,13 @@ def test_a_run_that_is_behind_its_end_is_refused(unbroken, new_run):
     assert run("trainer.max_duration.value=8") == 0, run.log
     assert run("trainer.max_duration.value=7") == 2, run.log
     assert "trainer.max_duration.value=7" in run.log and "at 8 already" in run.log
+
+
+def test_data_of_less_than_a_batch_are_refused(unbroken, new_run):
+    run = new_run("data_loader.global_batch_size=8192")  # of 4096 tokens
+    assert run() == 2, run.log
+    errors = [line for line in run.log.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "data_loader.global_batch_size=8192 (tokens) is more than the" in errors[0]
 
 
 def _poison(checkpoint: Path) -> None:
