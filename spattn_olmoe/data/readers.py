@@ -25,7 +25,8 @@ _KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "text", ".parquet": "parq
 
 EXPANSION = 500
 """How many times its size an archive may grow: text compressed by gzip or zstd stays far below, and a bomb far above."""
-_ALWAYS_ALLOWED = 2**26
+_ALWAYS_ALLOWED = 2**24
+"""Bytes that any archive may grow to: as many empty lines, which are the slowest to read, take seconds."""
 _ZSTD_STEP = 2**10
 """Compressed bytes at a time: as a block of 4 may stand for 2 ** 17, this bounds what is decompressed at once to 2 ** 25."""
 _BATCH_BYTES = 2**28

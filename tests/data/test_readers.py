@@ -100,7 +100,7 @@ def test_a_bomb_is_given_up_before_it_costs_much(kind: str, tmp_path: Path) -> N
     with pytest.raises(BrokenFileError, match="decompresses to more than 500 times its size"):
         for data, _share in readers.byte_chunks(path, 0):
             pieces.append(len(data))
-    assert max(pieces) <= 2**25 and sum(pieces) <= 2**27
+    assert max(pieces, default=0) <= 2**25 and sum(pieces) <= 2**24
 
 
 def test_a_table_of_one_long_entry_many_times_over_is_read_a_few_rows_at_a_time(

@@ -12,6 +12,7 @@ import os
 import runpy
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -164,7 +165,7 @@ def _child(argv: list[str], folder: Path, output: Path, seen: Path) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (int(used + SECONDS), int(used + SECONDS) + 5))
         signal.signal(signal.SIGXCPU, signal.SIG_DFL)
         os.chdir(folder)
-        os.environ["TMPDIR"] = str(folder)
+        os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
         sys.path.insert(0, str(folder / "path"))
         sys.argv = [str(ROOT / "scripts" / argv[0]), *argv[1:]]
         with _watched(folder, seen):
