@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ def _is(value: Any, shape: Any) -> bool:
     if shape is None:
         return value is None
     if shape is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and -sys.float_info.max <= value <= sys.float_info.max  # an int of 400 digits is no float
     if shape is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(shape, type) and isinstance(value, shape)

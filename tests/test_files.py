@@ -16,6 +16,7 @@ from spattn_olmoe.files import inside, matching
 from spattn_olmoe.json_files import check_shape, parse_json, read_json, to_json
 from spattn_olmoe.settings import read
 from spattn_olmoe.text import figure_text, inline, inlined, visible
+from spattn_olmoe.train.ranges import check_ranges
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -134,6 +135,13 @@ def test_references_that_double_are_refused_at_once(text: str, tmp_path: Path) -
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ValueError, match="references"):
         read(tmp_path / "a.yaml")
+
+
+def test_an_integer_beyond_all_floats_is_no_number() -> None:
+    with pytest.raises(ValueError, match="a is 1000"):
+        check_shape({"a": 10**400}, {"a": float}, "x")
+    with pytest.raises(ValueError, match=r"a=1000.*must lie between"):
+        check_ranges({"a": 10**400})
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "2.5", "", "9" * 5000, "x"])

@@ -80,10 +80,10 @@ def check_ranges(data: dict[str, Any]) -> None:
     :raises ValueError: naming key, value and bounds.
     """
     for key, value in _numbers(data, ""):
+        if isinstance(value, int) and abs(value) > LARGEST:  # first, since one of 400 digits is no float
+            raise ValueError(f"{key}={str(value)[:30]}: must lie between -2**62 and 2**62")
         if not math.isfinite(value):
             raise ValueError(f"{key}={value}: must be a finite number")
-        if abs(value) > LARGEST and isinstance(value, int):
-            raise ValueError(f"{key}={str(value)[:30]}: must lie between -2**62 and 2**62")
         bounds = next((bounds for pattern, bounds in RANGES.items() if fnmatchcase(key, pattern)), None)
         if bounds is not None and value not in bounds:
             raise ValueError(f"{key}={value}: must be {bounds}")

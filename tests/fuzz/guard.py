@@ -190,7 +190,7 @@ def _status(script: str) -> int:
 @contextlib.contextmanager
 def _watched(folder: Path, seen: Path) -> Iterator[None]:
     """Write down the first thing that no command may do while it lasts."""
-    own = (str(folder.resolve()), "/dev/null", "/dev/shm", "/proc/self")
+    own = (str(folder.resolve()), "/dev/null", "/dev/full", "/dev/shm", "/proc/self")
     handle = os.open(seen.parent, os.O_RDONLY)
 
     def report(text: str) -> None:
