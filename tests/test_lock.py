@@ -23,10 +23,11 @@ HOLD = """
 import os, sys, time
 from spattn_olmoe.lock import Lock
 Lock(sys.argv[1], beat=0.1)
-if sys.argv[2] == "fork" and os.fork() == 0:
-    time.sleep(60)
+if sys.argv[2] == "fork" and os.fork() > 0:
+    sys.stdin.readline()  # the child says that it is held, once it is a process of its own
+    sys.exit()
 print("held", flush=True)
-sys.stdin.readline()
+time.sleep(60) if sys.argv[2] == "fork" else sys.stdin.readline()
 """
 
 

@@ -9,6 +9,7 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 import time
@@ -168,6 +169,7 @@ def train(argv: list[str], env: dict[str, str], output: Path) -> None:
 def _alone(output: Path, env: dict[str, str]) -> None:
     """A process group, an environment and a log of its own."""
     os.setpgid(0, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, and a child would inherit that
     inherited = environment(env)
     os.environ.clear()
     os.environ.update(inherited)

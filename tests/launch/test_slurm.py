@@ -195,7 +195,6 @@ def test_a_run_that_everything_happens_to_ends_with_the_losses_of_one_that_nothi
 
     job.until_paused(10)  # a rank killed, with a newer checkpoint
     assert lost not in job_nodes(cluster, job.id)
-    cluster.switch_on(lost)  # now: what Slurm still has to tell the machine would end a new start of the job there
     assert job.steps()[-1] == 8
     (rank,) = [pid for node in job_nodes(cluster, job.id)[1:] for pid in cluster.ranks(node)]
     os.kill(rank, signal.SIGKILL)
@@ -205,6 +204,7 @@ def test_a_run_that_everything_happens_to_ends_with_the_losses_of_one_that_nothi
     job.requeued(4)
 
     job.until_state("COMPLETED")
+    cluster.switch_on(lost)  # only now: what Slurm still has to tell the machine would end a new start of the job there
     assert [int(step) for step in re.findall(r"resuming from \S*/step(\d+)", job.log)] == [3, 5, 5, 8]
     undisturbed = Run(submit_folder / "runs/undisturbed", submit_folder / "data", saves)
     assert undisturbed(ranks=2) == 0, undisturbed.log

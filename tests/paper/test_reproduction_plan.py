@@ -118,8 +118,8 @@ def test_a_dry_run_says_what_it_would_launch(reproduce, tmp_path):
 ONE = ("--seeds", "1", "--variants", "eball")
 
 BAD = {
-    "no seeds": (["table3", "--seeds", "0"], "--seeds 0"),
-    "no jobs": (["table3", "--jobs", "0"], "--jobs 0"),
+    "no seeds": (["table3", "--seeds", "0"], "--seeds: '0' must be a whole number"),
+    "no jobs": (["table3", "--jobs", "0"], "--jobs: '0' must be a whole number"),
     "unknown mask": (["table3", "--variants", "eball,sharng"], "'sharng' is not a mask; did you mean 'sharing'"),
     "two masks": (["table3", "--variants", "spattention"], "name one of exclusive, sharing"),
     "unknown key": (["table3", *ONE, "--dry-run", "model.n_layer=2"], "n_layers"),

@@ -177,7 +177,7 @@ def test_a_resumed_run_is_an_uninterrupted_one(run, tmp_path):
 
 
 def test_progress_is_logged_once_a_step(caplog, tmp_path):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO), caplog.at_level(logging.INFO, "spattn_olmoe"):  # which other tests quieten
         build_trainer(experiment(tmp_path, "trainer.no_checkpoints=true")).fit()
     said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("step ")]
     assert [line.split(" |")[0] for line in said] == ["step 1/3", "step 2/3", "step 3/3"]
