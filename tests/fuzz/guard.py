@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import runpy
@@ -168,6 +169,11 @@ def _child(argv: list[str], folder: Path, output: Path, seen: Path) -> None:
         os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
         sys.path.insert(0, str(folder / "path"))
         sys.argv = [str(ROOT / "scripts" / argv[0]), *argv[1:]]
+        for logger in (logging.getLogger(), *logging.root.manager.loggerDict.values()):
+            if isinstance(
+                logger, logging.Logger
+            ):  # as in a new process: handlers of the parent write to its own streams
+                logger.handlers.clear()
         with _watched(folder, seen):
             status = _status(sys.argv[0])
     except BaseException:
