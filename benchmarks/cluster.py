@@ -28,7 +28,7 @@ import yaml
 from benchmarks.slurm_cluster import SlurmCluster, missing
 from benchmarks.tiny import BASE, ROOT, TINY, run_overrides, write_data
 from spattn_olmoe import machine
-from spattn_olmoe.train.metrics import last_step, read_metrics
+from spattn_olmoe.train.metrics import curve, last_step
 
 STEPS = 900
 PATIENCE = 900.0
@@ -148,11 +148,7 @@ class Job:
 
     def curve(self) -> dict[int, tuple[float, float]]:
         """Loss and norm of the gradient by step."""
-        return {
-            step: (m["train/CE loss"], m["optim/total grad norm"])
-            for step, m in read_metrics(self.run).items()
-            if "train/CE loss" in m
-        }
+        return curve(self.run)
 
 
 def disturb(job: Job) -> None:
@@ -172,17 +168,16 @@ def disturb(job: Job) -> None:
     job.back(4, "preempted, with the user signal", "notified: back into the queue")
 
     job.advance()
+    refuse_a_second(job)  # while a machine is free for it
+
     lost = job.nodes()[1]
     cluster.lose(lost)
     job.back(5, f"{lost} lost")
-    job.advance()
-    cluster.switch_on(lost)  # now: what Slurm still has to tell the machine would end a new start of the job there
-
-    refuse_a_second(job)
     job.kill_a_rank()
     job.back(6, "a rank killed", "it crashed after a newer checkpoint: back into the queue")
     job.advance()
     job.finish()
+    cluster.switch_on(lost)  # only now: what Slurm still has to tell the machine would end a new start of the job there
 
 
 def preempt(cluster: SlurmCluster) -> None:

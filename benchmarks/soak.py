@@ -30,7 +30,7 @@ from typing import Any
 from benchmarks import arguments
 from spattn_olmoe import machine
 from spattn_olmoe.errors import whole
-from spattn_olmoe.train.metrics import last_step, read_metrics
+from spattn_olmoe.train.metrics import curve, last_step
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
 LIMIT = 300.0
@@ -81,11 +81,7 @@ class Trial:
     @property
     def curve(self) -> dict[int, tuple[float, float]]:
         """Loss and norm of the gradient by step."""
-        return {
-            step: (m["train/CE loss"], m["optim/total grad norm"])
-            for step, m in read_metrics(self.run).items()
-            if "train/CE loss" in m
-        }
+        return curve(self.run)
 
     def disturb(self, target: int, delay: float, how: str) -> dict[str, Any]:
         """Start, and disturb it ``delay`` seconds after it has reached a step, or after its start if it has done so before.

@@ -194,6 +194,7 @@ def _paired(
     held_out = HeldOut.read(checkpoints[0], args.data, args.limit)
     for checkpoint in checkpoints:
         check_documents(checkpoint)
+    for checkpoint in checkpoints[1:]:
         other = HeldOut.read(checkpoint, args.data, args.limit)
         if not np.array_equal(other.ids, held_out.ids):
             raise ValueError(

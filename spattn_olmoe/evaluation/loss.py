@@ -135,10 +135,9 @@ def summarise(losses: np.ndarray, numbers: np.ndarray | None = None, by: str = "
     """
     length = losses.shape[1] + 1
     numbers = by_context(np.empty((len(losses), length))) if numbers is None else numbers
-    first = [(0, 1)] if by == "repeat" else []
+    groups = [(span, (span[0] <= numbers) & (numbers < span[1])) for span in [(0, 1), *buckets(length)]]
     rows: list[dict[str, Any]] = []
-    for lo, hi in [(1, length), *first, *buckets(length)]:
-        chosen = (lo <= numbers) & (numbers < hi) if rows else np.ones_like(numbers, dtype=bool)
+    for (lo, hi), chosen in [((1, length), np.ones_like(numbers, dtype=bool)), *groups]:
         counts = chosen.sum(1)
         if not counts.any():
             continue

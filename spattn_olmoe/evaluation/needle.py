@@ -75,8 +75,8 @@ def needles(tokenizer: Tokenizer, count: int, seed: int = 0) -> list[Needle]:
         key = KEYS[len(made) % len(KEYS)]
         number, other = (_encode(tokenizer, f" {n}") for n in generator.integers(1000, 10000, 2))
         if number != other and len(number) == len(other):
-            line, question = _encode(tokenizer, f"\n{key}:"), _encode(tokenizer, f"\n{key}:")
-            made.append(Needle(line, _encode(tokenizer, ".\n"), question, number, other))
+            asked = _encode(tokenizer, f"\n{key}:")
+            made.append(Needle(asked, _encode(tokenizer, ".\n"), asked, number, other))
     return made
 
 

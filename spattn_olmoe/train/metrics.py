@@ -90,6 +90,15 @@ def last_step(folder: str | Path) -> int:
         return 0
 
 
+def curve(folder: str | Path) -> dict[int, tuple[float, float]]:
+    """Loss and norm of the gradient by step, as far as a run has written them: equal for runs that computed the same."""
+    return {
+        step: (m["train/CE loss"], m["optim/total grad norm"])
+        for step, m in read_metrics(folder).items()
+        if "train/CE loss" in m
+    }
+
+
 def read_metrics(folder: str | Path) -> dict[int, dict[str, float]]:
     """The metrics of a run by step, in order of steps; NaN for those that were not finite, which the file has as null."""
     by_step: dict[int, dict[str, float]] = {}

@@ -132,14 +132,9 @@ class Run:
     @property
     def curve(self) -> dict[int, tuple[float, float]]:
         """Loss and gradient norm by step, as far as the run has written them."""
-        from spattn_olmoe.train.metrics import read_metrics
+        from spattn_olmoe.train.metrics import curve
 
-        metrics = read_metrics(self.folder)
-        return {
-            step: (m["train/CE loss"], m["optim/total grad norm"])
-            for step, m in metrics.items()
-            if "train/CE loss" in m
-        }
+        return curve(self.folder)
 
     def steps(self) -> list[str]:
         return sorted(path.name for path in self.folder.glob("step*"))

@@ -21,7 +21,7 @@ from benchmarks.tiny import write_data
 from spattn_olmoe.cluster import slurm
 from spattn_olmoe.cluster.launch import plan_run
 from spattn_olmoe.cluster.profile import Profile
-from spattn_olmoe.train.metrics import read_metrics
+from spattn_olmoe.train.metrics import curve
 from tests.conftest import ROOT
 from tests.faults.injected import inject
 from tests.faults.processes import Run, command
@@ -161,9 +161,8 @@ def test_a_run_that_everything_happens_to_ends_with_the_losses_of_one_that_nothi
     job = Job.launched(cluster, submit_folder, "disturbed", *saves, pause(submit_folder, 3, 5, 7, 10))
     assert (job.run / "launch/job.sbatch").is_file() and (job.run / "launch/commit").is_file()
 
-    job.until_paused(
-        3
-    )  # with all memory of the machines, the cores of the profile, and the GPUs of it though they have two
+    job.until_paused(3)
+    # it has all memory of the machines, the cores of the profile, and its GPU, though each machine has two
     assert "mem=4000M" in cluster.job(job.id)["TRES"]
     assert "CPUs=4 " in cluster.run("scontrol", "show", "step", f"{job.id}.0")
     assert [len(cluster.ranks(node)) for node in job_nodes(cluster, job.id)] == [1, 1]
@@ -305,14 +304,6 @@ def test_a_rank_that_hangs_is_noticed_its_stacks_are_written_and_the_job_ends_as
 
 def job_nodes(cluster: SlurmCluster, job: str) -> list[str]:
     return cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).split()
-
-
-def curve(run: Path) -> dict[int, tuple[float, float]]:
-    return {
-        step: (m["train/CE loss"], m["optim/total grad norm"])
-        for step, m in read_metrics(run).items()
-        if "train/CE loss" in m
-    }
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
