@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from benchmarks.tiny_run import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"^\s*(\w+=\S+ )*(python3?|bash|torchrun|pip|docker|kubectl|sbatch|mkdocs|git|\.venv/bin/\S+)\s")

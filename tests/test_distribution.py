@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.tiny_run import ROOT
 from spattn_olmoe import __version__
-from tests.conftest import ROOT
 
 USE = """
 import sys

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tiny_run import ROOT
 from spattn_olmoe.lock import Lock
-from tests.conftest import ROOT
 
 HOLD = """
 import os, sys, time

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.tiny_run import ROOT
 from spattn_olmoe.cluster import Layout, memory
 from spattn_olmoe.cluster.memory import Shape, _casts, checkpoint_bytes, kept_per_token
 from spattn_olmoe.model.flops import flops_per_token
@@ -15,7 +16,6 @@ from spattn_olmoe.model.remedies import apply_remedies
 from spattn_olmoe.train import load_experiment
 from spattn_olmoe.train.config import ExperimentConfig
 from spattn_olmoe.train.layout import RECOMPUTABLE
-from tests.conftest import ROOT
 
 T, TOKENS, VOCAB = 64, 256, 512
 SMALL = [

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tiny_run import ROOT, training_environment
 from spattn_olmoe.cluster import FAIL, OK, WARN, Row, check_node, merge
 from spattn_olmoe.cluster.node import checkpoints_kept
 from spattn_olmoe.train import load_experiment
-from tests.conftest import ROOT, training_environment
 
 
 def rows(config: Path, *overrides: str) -> dict[str, Row]:

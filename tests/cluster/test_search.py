@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.tiny_run import ROOT, training_environment
 from spattn_olmoe.cluster import Layout, memory, plan
 from spattn_olmoe.cluster.memory import USABLE
 from spattn_olmoe.machine import GPUS, gpu_hours
 from spattn_olmoe.train import load_experiment
 from spattn_olmoe.train.layout import check_layout
 from spattn_olmoe.train.run import check
-from tests.conftest import ROOT, training_environment
 
 LARGE = ROOT / "configs/1b7b_spattn.yaml"
 

@@ -13,12 +13,12 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
 
+from benchmarks.tiny_run import ROOT
 from spattn_olmoe import build_pattern
 from spattn_olmoe.data import DataConfig, SourceConfig, TokenizerSection, prepare
 from spattn_olmoe.errors import user_errors
 from spattn_olmoe.evaluation import evaluate
 from spattn_olmoe.model.checkpoint_files import write_checksums
-from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from olmo_core.exceptions import OLMoConfigurationError
 
+from benchmarks.tiny_run import training_command, training_environment
 from spattn_olmoe.data import Manifest
 from spattn_olmoe.model import apply_remedies
 from spattn_olmoe.model.checkpoint import Checkpoint
@@ -23,7 +24,6 @@ from spattn_olmoe.train.evaluators import held_out_datasets, label_all_files
 from spattn_olmoe.train.metrics import read_metrics
 from spattn_olmoe.train.run import build_trainer, check
 from spattn_olmoe.train.shards import check_data
-from tests.conftest import training_command, training_environment
 
 LENGTH = 128
 LOSS, TASK = "eval/lm/validation/CE loss", "eval/downstream/copa (accuracy)"

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from olmo_core.distributed.utils import get_world_size
 
+from benchmarks.tiny_run import ROOT, training_environment
 from spattn_olmoe import ranks
-from tests.conftest import ROOT, training_environment
 
 SCRIPT = str(ROOT / "scripts/evaluate.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

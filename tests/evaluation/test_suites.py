@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from datasets import load_from_disk
 
+from benchmarks.tiny_run import ROOT
 from spattn_olmoe.evaluation import offline, scores
 from spattn_olmoe.evaluation.model import SPAttnLM
 from spattn_olmoe.evaluation.report import csv_text, markdown
 from spattn_olmoe.evaluation.suites import FULL_SIZE, SUITES, implied_stderr, suite_of_tasks
-from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("name", ["table1", "table2", "table3"])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from . import cases, guard
-from .material import Material, preload, published_model
+from benchmarks.fuzz import cases, guard
+from benchmarks.fuzz.material import Material, preload, published_model
 
 INPUTS = 2 * len(cases.MAKERS)
 

@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from benchmarks.tiny import write_data
+from benchmarks.tiny_run import ROOT
 from spattn_olmoe.cluster import kubernetes, slurm
 from spattn_olmoe.cluster.launch import Run, plan_run, plan_runs
 from spattn_olmoe.cluster.profile import Profile, load_profile
 from spattn_olmoe.lock import Lock
-from tests.conftest import ROOT
 from tests.faults.processes import command
 
 EXAMPLES = ROOT / "configs/cluster"

@@ -10,11 +10,11 @@ import subprocess
 import pytest
 import yaml
 
+from benchmarks.tiny_run import ROOT
 from spattn_olmoe import __version__, machine
 from spattn_olmoe.train import load_experiment
 from spattn_olmoe.train.layout import check_layout
 from spattn_olmoe.train.run import check
-from tests.conftest import ROOT
 
 LAUNCH = ROOT / "scripts/launch"
 DOCKERFILE = (ROOT / "Dockerfile").read_text()

@@ -18,11 +18,11 @@ import yaml
 
 from benchmarks.slurm_cluster import SlurmCluster, missing
 from benchmarks.tiny import write_data
+from benchmarks.tiny_run import ROOT
 from spattn_olmoe.cluster import slurm
 from spattn_olmoe.cluster.launch import plan_run
 from spattn_olmoe.cluster.profile import Profile
 from spattn_olmoe.train.metrics import curve
-from tests.conftest import ROOT
 from tests.faults.injected import inject
 from tests.faults.processes import Run, command
 

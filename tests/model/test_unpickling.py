@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.tiny_run import run_training
 from spattn_olmoe.model.checkpoint import Checkpoint
 from spattn_olmoe.model.checkpoint_files import write_checksums
 from spattn_olmoe.model.unpickling import UnsafeFileError, load_state, read_index
-from tests.conftest import run_training
 
 
 class Runs:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from benchmarks.tiny_run import ROOT
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import subprocess
 
 import pytest
 
+from benchmarks.tiny_run import run_training
 from spattn_olmoe.paper.page import RunData, group, write
-from tests.conftest import run_training
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"

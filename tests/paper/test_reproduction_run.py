@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tiny_run import ROOT, training_environment
 from spattn_olmoe.data import DataConfig, SourceConfig, TokenizerSection, prepare
 from spattn_olmoe.paper.comparison import Comparison
 from spattn_olmoe.paper.train_and_evaluate import only_one
-from tests.conftest import ROOT, training_environment
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import ROOT, training_environment
+from benchmarks.tiny_run import ROOT, training_environment
 
 
 def write_stdlib_corpus(folder: Path) -> list[Path]:

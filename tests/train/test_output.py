@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_training, training_command, training_environment
+from benchmarks.tiny_run import run_training, training_command, training_environment
 
 TWENTY = ("trainer.max_duration.value=20", "trainer.metrics_collect_interval=1")
 

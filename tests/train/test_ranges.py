@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tiny_run import ROOT
 from spattn_olmoe.train.config import load_experiment
 from spattn_olmoe.train.run import check
-from tests.conftest import ROOT
 
 CONFIGS = sorted(path for path in ROOT.glob("configs/*.yaml"))
 

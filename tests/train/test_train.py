@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT, run_training, training_command, training_environment
+from benchmarks.tiny_run import ROOT, run_training, training_command, training_environment
 
 LOSS = "train/CE loss"
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from benchmarks.tiny import VOCAB
+from benchmarks.tiny_run import ROOT
 from spattn_olmoe.model.checkpoint import Checkpoint
 from spattn_olmoe.model.hf import export as exporting
 from spattn_olmoe.model.hf.export import Published, export, verify
-from tests.conftest import ROOT
 
 SHARED = {"type": "spattention", "local_sharing": True}
 

@@ -12,11 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import OlmoeForCausalLM
 
 from benchmarks.tiny import VOCAB, tiny
+from benchmarks.tiny_checkpoint import N
 from spattn_olmoe.model.checkpoint import Checkpoint
 from spattn_olmoe.model.hf.export import Published, export
 from spattn_olmoe.model.hf.importing import import_published
-
-from .conftest import N
 
 
 def bring_in(source: Path, to: Path, *overrides: str):

@@ -7,12 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM, OlmoeForCausalLM
 
 from benchmarks.tiny import PAD, VOCAB
+from benchmarks.tiny_checkpoint import N
 from spattn_olmoe import build_pattern
 from spattn_olmoe.model.hf.rules import rule_of
 from spattn_olmoe.patterns import VARIANTS
 from spattn_olmoe.serving import modeling_spattn_olmoe as modeling
-
-from .conftest import N
 
 SECTIONS = {
     **{name: VARIANTS[name].section for name in ("exclusive", "sharing", "gbhalf", "sliding_window", "longformer")},

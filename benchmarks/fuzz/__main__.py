@@ -1,4 +1,4 @@
-"""Inputs that nobody means, for every script and every kind of file; see ``tests/fuzz``.
+"""Inputs that nobody means, for every script and every kind of file. The tests run some of them.
 
 python -m benchmarks.fuzz --inputs 1600 --out benchmarks/results/cpu/fuzz.json
 python -m benchmarks.fuzz --only 713      # one input again, with what it printed
@@ -16,8 +16,9 @@ from pathlib import Path
 
 from spattn_olmoe import machine
 from spattn_olmoe.errors import real, whole
-from tests.fuzz import cases, guard
-from tests.fuzz.material import Material, preload
+
+from . import cases, guard
+from .material import Material, preload
 
 
 def main() -> int:

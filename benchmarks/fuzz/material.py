@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from benchmarks.tiny import TINY
+from benchmarks.tiny_run import prepare_tiny_data, run_training, write_tiny_yaml
 from spattn_olmoe.evaluation.scores import FORMAT
 
 from .guard import CANARY
@@ -38,8 +39,6 @@ class Material:
     @classmethod
     def make(cls, folder: Path) -> Material:
         """Prepare a corpus and train a few steps."""
-        from tests.conftest import prepare_tiny_data, run_training, write_tiny_yaml
-
         data = prepare_tiny_data(folder)
         yaml = write_tiny_yaml(folder / "tiny.yaml", data)
         done = run_training(yaml, f"trainer.save_folder={folder}/run", cwd=folder)
@@ -54,9 +53,9 @@ PUBLISHED = (*TINY, "model.d_model=64", f"dataset.sequence_length={N}")
 
 def published_model(folder: Path) -> Path:
     """A dense model of random weights in transformers' format."""
+    from benchmarks.tiny_checkpoint import write_checkpoint
     from spattn_olmoe.model.checkpoint import Checkpoint
     from spattn_olmoe.model.hf.export import export
-    from tests.model.hf.conftest import write_checkpoint
 
     write_checkpoint(folder / "dense/step1", {"type": "standard"})
     export(Checkpoint.open(folder / "dense/step1"), folder / "published")
