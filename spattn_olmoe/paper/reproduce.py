@@ -11,7 +11,7 @@ from typing import Any
 
 from ..machine import ASSUMED_MFU, GPUS, default_device, describe
 from ..patterns import find_variant
-from . import appendix, masks, report
+from . import appendix, conversion, masks, report
 from .recall import command as recall
 from .recall.study import STUDIES
 from .runs import CONFIGS, SCALES, TABLES, Run, Scale, Table, cost, runs_of
@@ -31,6 +31,8 @@ def main(args: argparse.Namespace) -> None:
         recall.main(args, out, _say)
     elif args.target == "appendix_a":
         _appendix_a(args, out)
+    elif args.target == "conversion":
+        _conversion(args, out)
     else:
         figure = masks.figure_1() if args.target == "figure1" else masks.figure_2()
         _say(str(masks.save(figure, out / f"{args.target}.png")))
@@ -62,6 +64,24 @@ def _appendix_a(args: argparse.Namespace, out: Path) -> None:
         return
     _finish(args, scale, runs, "table3", out)
     for path in appendix.write(appendix.measure(runs, describe(default_device())), out):
+        _say(str(path))
+
+
+def _conversion(args: argparse.Namespace, out: Path) -> None:
+    scale = SCALES[args.scale]
+    config = args.config or scale.config
+    if config is None:
+        raise ValueError(f"conversion --scale {scale.name}: the paper has no such experiment; use --scale cpu or gpu")
+    if args.variants:
+        raise ValueError(f"--variants {args.variants}: conversion has its own ({', '.join(conversion.MASKS)})")
+    seeds = scale.seeds if args.seeds is None else args.seeds
+    stages = conversion.plan(config, seeds=seeds, out=out / "conversion", overrides=args.overrides)
+    if args.dry_run:
+        _print_dry_run([run for runs in stages.values() for run in runs], scale, args.target)
+        return
+    for runs in stages.values():
+        _finish(args, scale, runs, args.target, out / "conversion")
+    for path in conversion.write(conversion.measure(stages), out):
         _say(str(path))
 
 

@@ -168,7 +168,7 @@ class Run:
     @property
     def name(self) -> str:
         """What folders and result files are called."""
-        return f"{self.model}-{self.variant}-seed{self.seed}"
+        return f"{self.model}-{self.variant}-seed{self.seed}".replace("/", "-")
 
     def experiment(self) -> ExperimentConfig:
         """The run's config, checked."""
@@ -200,7 +200,7 @@ def runs_of(
         for seed in range(seeds):
             for variant in variants or table.variants:
                 path = own or _paper_config(model, variant)
-                runs.append(_run(model, variant, seed, path, overrides, out))
+                runs.append(make_run(model, variant, seed, path, overrides, out))
     return runs
 
 
@@ -211,7 +211,8 @@ def _paper_config(model: str, variant: str) -> Path:
     return own if own.exists() else CONFIGS / f"{model}_standard.yaml"
 
 
-def _run(model: str, variant: str, seed: int, config: Path, overrides: Sequence[str], out: Path) -> Run:
+def make_run(model: str, variant: str, seed: int, config: Path, overrides: Sequence[str], out: Path) -> Run:
+    """One run of a config under a named mask, in a folder below ``out`` that is named after all that it depends on."""
     weights, order = _first_seeds(config, tuple(overrides))
     wanted = [
         *find_variant(variant).overrides,
