@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.tiny_checkpoint import write_checkpoint
+from benchmarks.tiny_run import ROOT
 from spattn_olmoe.model.checkpoint import Checkpoint
 from spattn_olmoe.model.hf.export import export
 
@@ -36,3 +39,21 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """``refusal(script, *words)``: the one line with which a script of this process ends with exit code 2."""
+
+    def run(script: str, *words: object) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [script, *map(str, words)])
+            patch.setattr("spattn_olmoe.errors.quiet", lambda: None)
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as end:
+                runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+        return error
+
+    return run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from benchmarks.tiny import VOCAB
-from benchmarks.tiny_run import ROOT
 from spattn_olmoe.model.checkpoint import Checkpoint
 from spattn_olmoe.model.hf import export as exporting
 from spattn_olmoe.model.hf.export import Published, export, verify
@@ -102,57 +100,32 @@ def test_the_card_has_pictures_and_attention(exported, tmp_path):
 # ---- refused ---------------------------------------------------------------------------------------------------------
 
 
-def command(script: str, *words: object, monkeypatch, capsys) -> tuple[int, str]:
-    """A script in this process: exit code and errors."""
-    monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
-    monkeypatch.setattr("spattn_olmoe.errors.quiet", lambda: None)
-    code = 0
-    try:
-        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
-    except SystemExit as end:
-        code = int(end.code or 0)
-    return code, capsys.readouterr().err
-
-
-def test_the_command_refuses_in_one_line(exported, tmp_path, monkeypatch, capsys):
-    pair = exported(SHARED)
-    run = {"monkeypatch": monkeypatch, "capsys": capsys}
-    for words, said in (
-        (("--checkpoint", pair.checkpoint.path, "--to", pair.folder), f"--to {pair.folder} exists"),
-        (
-            ("--checkpoint", pair.checkpoint.path, "--to", tmp_path / "out", "--dtype", "fp8"),
-            "--dtype fp8: must be float32",
-        ),
-        (("--checkpoint", tmp_path, "--to", tmp_path / "out"), "neither a complete checkpoint"),
-    ):
-        code, error = command("export_hf.py", *words, **run)
-        assert code == 2
-        assert error.startswith("error: ") and error.count("\n") == 1
-        assert said in error
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_damaged_checkpoint_is_refused(exported, tmp_path):
-    pair = exported(SHARED)
-    shutil.copytree(pair.checkpoint.path, tmp_path / "step1")
-    file = next((tmp_path / "step1" / "model_and_optim").glob("*.distcp"))
+def test_the_command_refuses_in_one_line(exported, tmp_path, refusal):
+    checkpoint, to = exported(SHARED).checkpoint.path, tmp_path / "out"
+    shutil.copytree(checkpoint, tmp_path / "damaged")
+    file = next((tmp_path / "damaged" / "model_and_optim").glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="is damaged"):
-        Checkpoint.open(tmp_path / "step1")
+    for words, said in (
+        (("--checkpoint", checkpoint, "--to", exported(SHARED).folder), "exists: name a folder that does not"),
+        (("--checkpoint", checkpoint, "--to", to, "--dtype", "fp8"), "--dtype fp8: must be float32 or bfloat16"),
+        (("--checkpoint", tmp_path, "--to", to), "neither a complete checkpoint"),
+        (("--checkpoint", tmp_path / "damaged", "--to", to), "is damaged"),
+    ):
+        assert said in refusal("export_hf.py", *words)
+    assert not to.exists()
 
 
-def test_a_full_disk_leaves_nothing(exported, tmp_path, monkeypatch):
-    pair = exported(SHARED)
+def test_a_full_disk_leaves_nothing(exported, tmp_path, monkeypatch, refusal):
+    words = ("export_hf.py", "--checkpoint", exported(SHARED).checkpoint.path, "--to", tmp_path / "out")
     monkeypatch.setattr(exporting.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
-    with pytest.raises(ValueError, match="are needed, 1e-09 GB are free"):
-        export(pair.checkpoint, tmp_path / "out")
+    assert "are needed, 1e-09 GB are free: name another disk" in refusal(*words)
     monkeypatch.undo()
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(ValueError, match="no space is left"):
-        export(pair.checkpoint, tmp_path / "out", draw=full)
+    monkeypatch.setattr(exporting, "save_file", full)
+    assert "no space is left on the disk; nothing was kept" in refusal(*words)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import OlmoeForCausalLM
 
-from benchmarks.tiny import VOCAB, tiny
+from benchmarks.tiny import BASE, TINY, VOCAB, tiny
 from benchmarks.tiny_checkpoint import N
 from spattn_olmoe.model.checkpoint import Checkpoint
+from spattn_olmoe.model.hf import export as exporting
 from spattn_olmoe.model.hf.export import Published, export
 from spattn_olmoe.model.hf.importing import import_published
 
@@ -81,35 +82,62 @@ def change_weights(folder: Path, change) -> None:
 
 
 GATE = "model.layers.0.mlp.gate.weight"
+
+
+def change_config(folder: Path, **keys: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def cut(folder: Path) -> None:
+    file = min(folder.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-10])
+
+
 WRONG = {
-    "a weight is missing": (lambda t: t.pop(GATE), f"lacks the weight {GATE}"),
-    "a weight too many": (lambda t: t.update(x=torch.zeros(1)), "has a weight that the model does not: x"),
-    "another shape": (lambda t: t.update({GATE: t[GATE][:-1].clone()}), rf"{GATE} has shape \(3, 64\)"),
-    "another dtype": (lambda t: t.update({GATE: t[GATE].float()}), f"{GATE} is F32 but model.norm.weight is BF16"),
+    "a weight is missing": (lambda f: change_weights(f, lambda t: t.pop(GATE)), f"lacks the weight {GATE}"),
+    "a weight too many": (
+        lambda f: change_weights(f, lambda t: t.update(x=torch.zeros(1))),
+        "has a weight that the model does not: x",
+    ),
+    "another shape": (
+        lambda f: change_weights(f, lambda t: t.update({GATE: t[GATE][:-1].clone()})),
+        f"{GATE} has shape (3, 64)",
+    ),
+    "another dtype": (
+        lambda f: change_weights(f, lambda t: t.update({GATE: t[GATE].float()})),
+        f"{GATE} is F32 but model.norm.weight is BF16",
+    ),
+    "another architecture": (
+        lambda f: change_config(f, model_type="mixtral"),
+        "model_type='mixtral' is another architecture: only 'olmoe' can be imported",
+    ),
+    "another model": (lambda f: change_config(f, hidden_size=32), "hidden_size=32 but"),
+    "a damaged file": (cut, "is damaged"),
+    "a lost file": (
+        lambda f: min(f.glob("*.safetensors")).unlink(),
+        "is missing: the weights must be safetensors, and complete",
+    ),
+    "no folder": (shutil.rmtree, "there is no such folder"),
 }
 
 
 @pytest.mark.parametrize(("change", "said"), WRONG.values(), ids=WRONG.keys())
-def test_weights_that_do_not_fit_are_named(published, tmp_path, change, said):
+def test_what_cannot_be_imported_is_refused_in_one_line(published, tmp_path, refusal, change, said):
     shutil.copytree(published, tmp_path / "wrong")
-    change_weights(tmp_path / "wrong", change)
-    with pytest.raises(ValueError, match=said):
-        bring_in(tmp_path / "wrong", tmp_path / "imported")
+    change(tmp_path / "wrong")
+    assert said in refusal(*words(tmp_path / "wrong", tmp_path / "imported"))
     assert not (tmp_path / "imported").exists()
 
 
-def test_a_folder_that_cannot_be_imported_is_named(published, tmp_path):
-    with pytest.raises(ValueError, match="there is no such folder"):
-        bring_in(tmp_path / "nowhere", tmp_path / "imported")
-    with pytest.raises(ValueError, match=r"hidden_size=64 but tiny\.yaml has 32"):
-        bring_in(published, tmp_path / "imported", "model.d_model=32")
-    with pytest.raises(ValueError, match="exists"):
-        bring_in(published, published)
-    shutil.copytree(published, tmp_path / "damaged")
-    file = sorted((tmp_path / "damaged").glob("*.safetensors"))[0]
-    file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="is damaged"):
-        bring_in(tmp_path / "damaged", tmp_path / "imported")
-    file.unlink()
-    with pytest.raises(ValueError, match="is missing: the weights must be safetensors"):
-        bring_in(tmp_path / "damaged", tmp_path / "imported")
+def test_a_folder_that_exists_or_has_no_room_is_refused_in_one_line(published, tmp_path, refusal, monkeypatch):
+    (tmp_path / "imported").write_text("mine")
+    assert "exists: name a folder that does not" in refusal(*words(published, tmp_path / "imported"))
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
+    assert "are needed, 1e-09 GB are free" in refusal(*words(published, tmp_path / "new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["imported"]
+
+
+def words(source: Path, to: Path) -> list[object]:
+    shape = ("model.d_model=64", f"dataset.sequence_length={N}")
+    return ["import_hf.py", "--from", source, "--to", to, "--config", BASE, *TINY, *shape]

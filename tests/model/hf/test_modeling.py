@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, OlmoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    OlmoeForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from benchmarks.tiny import PAD, VOCAB
 from benchmarks.tiny_checkpoint import N
@@ -164,27 +171,59 @@ def test_beams_and_prompt_lookup(load, name):
     assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=4, **asked), plain)
 
 
+def rows_alone(native):
+    """Two rows of different length, and the loss and a gradient of training on each by itself."""
+    rows = [tokens()[0], tokens()[1, :33]]
+    sums = [torch.nn.functional.cross_entropy(native(row[None])[0, :-1], row[1:], reduction="sum") for row in rows]
+    loss = sum(sums) / sum(len(row) - 1 for row in rows)
+    (gradient,) = torch.autograd.grad(loss, native.blocks["0"].attention.w_q.weight)
+    return rows, loss, gradient
+
+
 @either_way
 def test_training_on_right_padded_rows_is_training_on_each_alone(load, computed):
     model, native = load(BANDS)
-    ids, mask, labels = tokens(), torch.ones(2, 60, dtype=torch.long), tokens()
-    ids[1, 33:], mask[1, 33:], labels[1, 33:] = PAD, 0, -100
+    rows, expected, gradient = rows_alone(native)
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+    real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     model.train()
-    loss = model(ids, attention_mask=mask, labels=labels).loss
+    loss = model(ids, attention_mask=real, labels=ids.masked_fill(real == 0, -100)).loss
     loss.backward()
-    sums = [
-        torch.nn.functional.cross_entropy(native(row)[0, :-1], row[0, 1:], reduction="sum")
-        for row in (tokens()[:1], tokens()[1:, :33])
-    ]
-    torch.testing.assert_close(loss, sum(sums) / (59 + 32), **CLOSE)
-    sum(sums).div(59 + 32).backward()
-    expected = native.blocks["0"].attention.w_q.weight.grad
-    torch.testing.assert_close(model.model.layers[0].self_attn.q_proj.weight.grad, expected, atol=1e-6, rtol=1e-4)
-    native.zero_grad()
-    before = model.lm_head.weight.detach().clone()
-    torch.optim.AdamW(model.parameters()).step()
-    assert not torch.equal(model.lm_head.weight, before)
-    assert all(p.isfinite().all() for p in model.parameters())
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    torch.testing.assert_close(model.model.layers[0].self_attn.q_proj.weight.grad, gradient, atol=1e-6, rtol=1e-4)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@either_way
+def test_a_step_of_transformers_trainer(exported, load, computed, tmp_path):
+    model, native = load(BANDS)
+    rows, expected, gradient = rows_alone(native)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    before = weight.detach().clone()
+    tokenizer = AutoTokenizer.from_pretrained(exported(BANDS).folder)
+    args = TrainingArguments(
+        str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=len(rows),
+        optim="sgd",
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        save_strategy="no",
+        logging_steps=1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=[{"input_ids": row.tolist()} for row in rows],
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),  # pads on the right
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), abs=1e-4)
+    torch.testing.assert_close(before - weight, gradient, atol=1e-5, rtol=1e-3)
 
 
 @torch.no_grad()
