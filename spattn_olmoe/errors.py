@@ -55,6 +55,15 @@ class Parser(argparse.ArgumentParser):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**settings)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but an empty option is an error: most often it is a variable of the shell that is not set."""
+        words = sys.argv[1:] if args is None else list(args)
+        for i, word in enumerate(words):
+            option = word.partition("=")[0] if word.endswith("=") else words[i - 1] if i and not word else ""
+            if option.startswith("--"):
+                self.error(f"{option} is empty: leave it out, or give it a value")
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> NoReturn:
         fail(f"{message} ({self.prog} --help explains)")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -38,6 +39,7 @@ class SafeCheckpointer(CheckpointerCallback):
 
     def pre_train(self) -> None:
         super().pre_train()
+        logging.getLogger("concurrent.futures").addFilter(_not_raised_later)
         self._after_signals: list[str] = []
         if self.enabled and self.remove != CheckpointRemovalStrategy.never and not is_url(self.save_folder):
             found = list(self.checkpointer.find_checkpoints(self.save_folder)) if get_rank() == 0 else []
@@ -109,6 +111,11 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, OLMoCheckpointError):  # a traceback as text
         return str(error).strip().splitlines()[-1]
     return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _not_raised_later(record: logging.LogRecord) -> bool:
+    """Whether a thread's error is told nowhere else: one of saving is raised by the next wait for it, as a SaveError."""
+    return not (record.exc_info and isinstance(record.exc_info[1], CheckpointException))
 
 
 def _is_temporary(checkpoint: PathOrStr) -> bool:

@@ -51,20 +51,21 @@ def fit(trainer: Trainer) -> int:
     except SystemExit:
         raise
     except BaseException as error:
-        if get_world_size() == 1 and isinstance(error, SaveError):
-            fail(str(error), 1)
-        if get_world_size() == 1 and isinstance(error, OSError) and error.errno in _OF_THE_DISK:
-            advice = "make room, then start the same command again to resume"
-            fail(f"cannot write in {trainer.save_folder} ({error.strerror}): {advice}", 1)
-        if get_world_size() > 1:
-            # Background threads may be blocked on other ranks, so a normal exit could hang. Exit hard; the launcher then
-            # stops the other ranks.
+        line = _no_defect(error, trainer)
+        if get_world_size() == 1:
+            if line:
+                fail(line, 1)
+            raise
+        # Background threads may be blocked on other ranks, so a normal exit could hang. Exit hard; the launcher then
+        # stops the other ranks.
+        if line:
+            print(f"error: rank {get_rank()}: {line}", file=sys.stderr)
+        else:
             sys.excepthook(*sys.exc_info())
-            sys.stdout.flush()
-            sys.stderr.flush()
-            keep(1)
-            os._exit(1)
-        raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        keep(1)
+        os._exit(1)
     teardown_training_environment()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if trainer.is_canceled and trainer._cancel_reason == f"{number.name} received":
@@ -73,6 +74,16 @@ def fit(trainer: Trainer) -> int:
             )
             return 128 + number
     return 0
+
+
+def _no_defect(error: BaseException, trainer: Trainer) -> str | None:
+    """What to tell of an error that is none of the program: a checkpoint that cannot be saved, a full disk."""
+    if isinstance(error, SaveError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+        advice = "make room, then start the same command again to resume"
+        return f"cannot write in {trainer.save_folder} ({error.strerror}): {advice}"
+    return None
 
 
 def _outside_the_steps(trainer: Trainer, number: int, frame: FrameType | None) -> None:

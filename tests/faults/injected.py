@@ -81,11 +81,13 @@ class KillWhileSaving(Fault):
 
 @dataclass
 class FullDisk(Fault):
-    """No file of this process can grow beyond 160 kB, which those of the weights do: as on a disk that is nearly full."""
+    """No file of this process can grow beyond a size, which those of the weights do: as on a disk that is nearly full."""
+
+    size: int = 160_000
 
     def pre_optim_step(self) -> None:
         if self.due:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (160_000, 160_000))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
 
 
 @dataclass

@@ -82,6 +82,14 @@ def test_a_rank_that_fails_leaves_at_once_and_says_why(new_run, tmp_path):
     assert "ArithmeticError: rank lost its mind" in first["message"]["message"]
 
 
+def test_a_full_disk_on_one_rank_is_one_line(new_run):
+    run = new_run()
+    assert run(inject("FullDisk", at=4, rank=1, size=40_000), ranks=2) != 0
+    lines = [line for line in run.log.splitlines() if line.startswith("error: rank ")]
+    assert lines and all("step4 could not be saved" in line and "File too large" in line for line in lines), run.log
+    assert "Traceback" not in run.log
+
+
 def test_the_launcher_passes_sigterm_on_and_names_the_rank_that_died(unbroken_2, new_run):
     run = new_run()
     with run.launched(ranks=2) as launcher:

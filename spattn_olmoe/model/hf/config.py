@@ -11,6 +11,7 @@ from olmo_core.nn.layer_norm import LayerNormType
 from olmo_core.nn.moe.router import MoERouterGatingFunction
 from olmo_core.nn.transformer import TransformerBlockConfig, TransformerBlockType, TransformerConfig
 
+from ...json_files import check_shape
 from ...serving.modeling_spattn_olmoe import NO_DROPOUT, SPAttnOlmoeConfig, SPAttnOlmoeForCausalLM
 from ..section import layer_patterns
 from .rules import is_dense, rule_of
@@ -109,12 +110,21 @@ _NOT_OF_THE_MODEL = {
 """Keys that say nothing of what the weights compute, or are compared by a rule of their own."""
 
 
+_SHAPES: dict[str, Any] = {
+    "rope_theta": float,
+    "rope_parameters": ({"rope_theta": float, "rope_type": str}, None),
+    "max_position_embeddings": int,
+}
+"""What the values must be that are more than compared."""
+
+
 def require_same_model(found: Mapping[str, Any], wanted: Mapping[str, Any], path: str, yaml: str) -> None:
     """Raise unless a ``config.json`` describes the model that a YAML config describes, key by key.
 
     :param found: the file's content; ``wanted``: what :func:`hf_config` makes of the YAML's model.
     :raises ValueError: naming the key, both values and what to do.
     """
+    check_shape(found, {key: shape for key, shape in _SHAPES.items() if key in found}, path)
     for key in ("model_type", "architectures"):
         if found.get(key) != wanted[key]:
             raise ValueError(

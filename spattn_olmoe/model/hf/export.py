@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from ...json_files import read_json
 from ...patterns import Pattern, build_pattern
 from ...serving import modeling_spattn_olmoe
 from ..checkpoint import Checkpoint
+from ..unpickling import reading
 from .card import model_card
 from .config import MODELING_FILE, hf_config
 from .weights import Shape, same_bits, split
@@ -91,7 +94,8 @@ def reader(path: str, shape: Shape) -> Callable[[str], Tensor]:
     require_weights(found, shape.core(), f"checkpoint {path}")
 
     def read(name: str) -> Tensor:
-        (tensor,) = load_keys(folder, [f"model.{name}"])
+        with reading(path):
+            (tensor,) = load_keys(folder, [f"model.{name}"])
         return tensor
 
     return read
@@ -223,17 +227,32 @@ def verify(checkpoint: Checkpoint, folder: str | Path) -> dict[str, Any]:
 @torch.no_grad()
 def _largest_difference(checkpoint: Checkpoint, folder: Path, T: int) -> float:
     """Of the logits of random tokens between OLMo-core and transformers, both in float32 on the stored weights."""
-    from transformers import AutoModelForCausalLM
-
     ids = torch.randint(checkpoint.model.vocab_size, (1, T), generator=torch.Generator().manual_seed(0))
-    theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
-    dtype = DTYPES[read_config(folder / "config.json")["dtype"]]
+    config = read_config(folder / "config.json")
+    theirs = _class_of(folder, config).from_pretrained(folder, dtype=torch.float32).eval()
+    dtype = DTYPES[config["dtype"]]
     logits = theirs(ids).logits
     del theirs
     ours = checkpoint.load("cpu").model.float()
     for parameter in ours.parameters():
         parameter.copy_(parameter.to(dtype))
     return float((ours(ids) - logits).abs().max())
+
+
+def _class_of(folder: Path, config: dict[str, Any]) -> Any:
+    """The class that transformers would load: that of the folder's own code, imported from where it is.
+
+    transformers copies such code into a cache at home, which a machine may not have.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if "auto_map" not in config:
+        return AutoModelForCausalLM
+    spec = importlib.util.spec_from_file_location("exported_modeling", folder / MODELING_FILE)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, config["architectures"][0])
 
 
 class Published:

@@ -105,11 +105,18 @@ def test_the_command_refuses_in_one_line(exported, tmp_path, refusal):
     shutil.copytree(checkpoint, tmp_path / "damaged")
     file = next((tmp_path / "damaged" / "model_and_optim").glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-1000])
+    shutil.copytree(checkpoint, tmp_path / "unchecked")
+    shutil.rmtree(tmp_path / "unchecked" / "checksums")
+    file = next((tmp_path / "unchecked" / "model_and_optim").glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1000])
     for words, said in (
         (("--checkpoint", checkpoint, "--to", exported(SHARED).folder), "exists: name a folder that does not"),
         (("--checkpoint", checkpoint, "--to", to, "--dtype", "fp8"), "--dtype fp8: must be float32 or bfloat16"),
         (("--checkpoint", tmp_path, "--to", to), "neither a complete checkpoint"),
         (("--checkpoint", tmp_path / "damaged", "--to", to), "is damaged"),
+        (("--checkpoint", tmp_path / "unchecked", "--to", to), "is missing, cut off or damaged ("),
+        (("--checkpoint", checkpoint, "--to", ""), "--to is empty: leave it out, or give it a value"),
+        (("--checkpoint", checkpoint, "--to="), "--to is empty: leave it out, or give it a value"),
     ):
         assert said in refusal("export_hf.py", *words)
     assert not to.exists()

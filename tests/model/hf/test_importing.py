@@ -112,6 +112,14 @@ WRONG = {
         lambda f: change_config(f, model_type="mixtral"),
         "model_type='mixtral' is another architecture: only 'olmoe' can be imported",
     ),
+    "rope that is no mapping": (
+        lambda f: change_config(f, rope_parameters="1e4"),
+        "config.json: rope_parameters is '1e4', not a mapping or null",
+    ),
+    "a length that is no number": (
+        lambda f: change_config(f, max_position_embeddings="4k"),
+        "config.json: max_position_embeddings is '4k', not a whole number",
+    ),
     "another model": (lambda f: change_config(f, hidden_size=32), "hidden_size=32 but"),
     "a damaged file": (cut, "is damaged"),
     "a lost file": (
