@@ -86,6 +86,24 @@ LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
 }
 """A product such as 2x2 is data-parallel ranks times the degrees of the rest, in the order of the names."""
 
+DDP_STACK = ("stack=ddp", *DDP, "train_module.dp_config.param_dtype=bfloat16")
+FOUR_LAYERS = "model.n_layers=4"
+
+
+def pipeline(schedule: str) -> tuple[str, ...]:
+    return "train_module.pp_config.degree=2", f"train_module.pp_config.schedule={schedule}"
+
+
+DDP_LAYOUTS: dict[str, tuple[str, ...]] = {
+    "ddp": (),
+    "ddp+ep": ("train_module.ep_config.degree=2",),
+    "ddp+ulysses": ulysses(2),
+    "ddp+ep+ulysses": ("train_module.ep_config.degree=2", *ulysses(2)),
+    "pipeline": pipeline("CustomInterleaved1F1B"),
+    "pipeline, V": pipeline("Custom1F1BV"),
+}
+"""Layouts of the stack ``ddp`` on two ranks; pipelines run in bfloat16 only."""
+
 KEYS = ("loss", "gradient norm", "load-balancing loss")
 Curve = list[list[float]]
 
@@ -94,7 +112,7 @@ def train(folder: Path, n_ranks: int, runs: dict[str, dict[str, Any]], *, timeou
     """:data:`KEYS` of each step of each run, trained one after the other in one launch.
 
     :param runs: by name: ``overrides`` of the tiny experiment, and optionally ``forget``, whether ranks are made to forget
-        which heads they hold, and ``save_folder``, without which nothing is saved.
+        which heads they hold, ``ddp_in_float32``, and ``save_folder``, without which nothing is saved.
     """
     data = write_data(folder / "data")
     tasks = []
@@ -102,7 +120,8 @@ def train(folder: Path, n_ranks: int, runs: dict[str, dict[str, Any]], *, timeou
         where = run_overrides(Path(run.get("save_folder", folder / str(i))), data)
         nothing = [] if "save_folder" in run else ["trainer.no_checkpoints=true"]
         overrides = [*TINY, *SMOOTH, *nothing, *where, *run["overrides"]]
-        tasks.append({"name": name, "base": str(BASE), "overrides": overrides, "forget": run.get("forget", False)})
+        options = {key: run.get(key, False) for key in ("forget", "ddp_in_float32")}
+        tasks.append({"name": name, "base": str(BASE), "overrides": overrides, **options})
     write_json(folder / "runs.json", tasks)
     torchrun(n_ranks, WORKER, str(folder / "runs.json"), str(folder / "out.json"), timeout=timeout)
     return json.loads((folder / "out.json").read_text())

@@ -5,16 +5,21 @@ torchrun parallel_worker.py RUNS.json OUT.json
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import olmo_core.distributed.parallel as parallel
+import torch
 from olmo_core.distributed.utils import get_rank, get_world_size
+from olmo_core.nn.ddp import OLMoDDPModel
 from olmo_core.train import Trainer, prepare_training_environment, teardown_training_environment
+from olmo_core.train.train_module import OLMoDDPTrainModuleConfig
 
 from spattn_olmoe.model import PatternAttention, apply_remedies
-from spattn_olmoe.train import load_experiment
+from spattn_olmoe.train import ExperimentConfig, ddp, load_experiment
 from spattn_olmoe.train.layout import check_layout
 from spattn_olmoe.train.metrics import read_metrics
 from spattn_olmoe.train.run import build_trainer, check, check_resume, checkpoint_to_load
@@ -33,6 +38,26 @@ def forget_head_offsets(trainer: Trainer) -> None:
                 group = backend.cp_pg
                 assert group is not None
                 backend.head_offset = -group.rank() * (module.n_heads // group.size())
+
+
+@contextlib.contextmanager
+def ddp_in_float32() -> Iterator[None]:
+    """The stack ``ddp`` in float32, for differences that rounding would hide: upstream's class has it, its config has not.
+
+    Its optimiser cannot be sharded then.
+    """
+    stock_dtype, stock_train_module = OLMoDDPModel._training_dtype, ddp.train_module
+
+    def train_module(config: ExperimentConfig) -> OLMoDDPTrainModuleConfig:
+        module = stock_train_module(config)
+        module.optim.use_distributed = False
+        return module
+
+    OLMoDDPModel._training_dtype, ddp.train_module = torch.float32, train_module
+    try:
+        yield
+    finally:
+        OLMoDDPModel._training_dtype, ddp.train_module = stock_dtype, stock_train_module
 
 
 def train(base: str, overrides: list[str], forget: bool) -> list[list[float]]:
@@ -56,7 +81,8 @@ def main() -> None:
     prepare_training_environment(seed=0, backend="gloo")
     curves = {}
     for run in runs:
-        curves[run["name"]] = train(run["base"], run["overrides"], run.get("forget", False))
+        with ddp_in_float32() if run.get("ddp_in_float32", False) else contextlib.nullcontext():
+            curves[run["name"]] = train(run["base"], run["overrides"], run.get("forget", False))
         if get_rank() == 0:
             out.write_text(json.dumps(curves))
     teardown_training_environment()

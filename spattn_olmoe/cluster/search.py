@@ -11,6 +11,7 @@ from olmo_core.train.common import DurationUnit
 
 from ..machine import GPU, GPUS, gpu_hours
 from ..model.flops import Flops, flops_per_token
+from ..model.stack import Stack
 from ..train.config import ExperimentConfig
 from ..train.layout import RECOMPUTABLE, Layout, check_layout
 from .memory import USABLE, Memory, Shape, checkpoint_bytes, memory
@@ -89,6 +90,8 @@ def plan(config: ExperimentConfig, ranks: int, gpu_name: str) -> Plan:
         raise ValueError(f"--gpu {gpu_name}: is not known (known: {', '.join(GPUS)})")
     if ranks < 1:
         raise ValueError(f"--gpus {ranks}: must be at least 1")
+    if config.stack != Stack.v1:
+        raise ValueError(f"stack={config.stack} is not modelled: set stack=v1 to plan")
     model = config.model_with_attention().build(init_device="meta")
     shape = Shape.of(config, model)
     room = GPUS[gpu_name].memory * USABLE

@@ -22,6 +22,8 @@ from .fingerprint import FILE_NAME, Fingerprint
 from .finite import first_non_finite
 from .remedies import apply_remedies
 from .section import layer_patterns, with_follows_input
+from .stack import Stack, stack_of
+from .stack_weights import StoredWeights
 from .unpickling import reading
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ class Checkpoint:
         config = read_checkpoint_config(path)
         model = _model(config["model"], f"{path}/config.json")
         _check_fingerprint(path, model)
+        stack_of(path)  # is one of those there are
         opened = cls(path, config, model, _layers(model))
         return opened if follows_input is None else opened.with_follows_input(follows_input)
 
@@ -115,6 +118,19 @@ class Checkpoint:
             )
         return tokenizer
 
+    @property
+    def stack(self) -> Stack:
+        """Which of OLMo-core's stacks trained the weights. The model computes the same either way."""
+        return Stack(self.config.get("stack", Stack.v1))
+
+    def weights(self) -> StoredWeights:
+        """The weights on disk, by v1's names.
+
+        :raises ValueError: they are not of this model.
+        """
+        apply_remedies()  # one of them reads without running code
+        return StoredWeights(self.path, self.stack, self.model)
+
     def load(self, device: str | None = None) -> TransformerGenerationModule:
         """The model with its weights.
 
@@ -128,15 +144,15 @@ class Checkpoint:
         apply_remedies()
         tokenizer = self.config["dataset"]["tokenizer"]
         where = _device(device) if device else None
-        with reading(self.path):
-            module = TransformerGenerationModule.from_checkpoint(
-                self.path,
-                transformer_config=self.model,
-                generation_config=GenerationConfig(
-                    pad_token_id=tokenizer["pad_token_id"], eos_token_id=tokenizer["eos_token_id"]
-                ),
-                device=where,
-            )
+        generation = GenerationConfig(pad_token_id=tokenizer["pad_token_id"], eos_token_id=tokenizer["eos_token_id"])
+        if self.stack == Stack.ddp:
+            module = TransformerGenerationModule(self.model.build(), generation, device=where)
+            self.weights().copy_to(module.model)
+        else:
+            with reading(self.path):
+                module = TransformerGenerationModule.from_checkpoint(
+                    self.path, transformer_config=self.model, generation_config=generation, device=where
+                )
         if (name := first_non_finite(module.model.named_parameters())) is not None:
             raise ValueError(f"checkpoint {self.path} holds weights that are not finite ({name}): name an older stepN")
         return module

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from olmo_core.train.train_module import TransformerTrainModuleConfig
 
 from ..errors import nearest
 from ..model.section import attach
+from ..model.stack import DDPOptions, Stack
 from ..settings import first_line, read
 from ..trust import check_classes
 from .degrees import Degrees
@@ -34,6 +35,8 @@ class ExperimentConfig(Config):
 
     :param attention: the attention type and its options, see :func:`spattn_olmoe.model.section.attach`.
     :param model: the model. Its attention is replaced as ``attention`` states.
+    :param stack: which of OLMo-core's stacks trains it, ``v1`` or ``ddp``; both compute the same function.
+    :param ddp: what only the stack ``ddp`` knows.
     :param name: what the run is called; part of its save folder in the shipped configs.
     :param init_seed: seed of data order aside, everything random: initial weights first of all.
     :param allow_attention_change: load a checkpoint that was trained with another attention type.
@@ -45,6 +48,8 @@ class ExperimentConfig(Config):
     data_loader: NumpyDataLoaderConfig
     train_module: TransformerTrainModuleConfig
     trainer: TrainerConfig
+    stack: Stack = Stack.v1
+    ddp: DDPOptions = field(default_factory=DDPOptions)
     name: str = "run"
     init_seed: int = 12536
     allow_attention_change: bool = False

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..model.flops import flops_per_token
 from ..model.section import layer_patterns, unread_options
+from ..model.stack import Stack
 from ..patterns import Pattern, attention_name, causal_pairs, variant_of
 from ..patterns.head_order import imbalance
 from .config import ExperimentConfig
@@ -65,8 +66,44 @@ def run_table(config: ExperimentConfig) -> Table:
         f"{(flops.dense - flops.total + flops.attention) / flops.dense:.1%})",
     )
     table.add_row("tokens", tokens(config))
+    for row in stack_rows(config):
+        table.add_row(*row)
     table.add_row("save folder", config.trainer.save_folder)
     return table
+
+
+def stack_rows(config: ExperimentConfig) -> list[tuple[str, str]]:
+    """What the stack ``ddp`` does otherwise than v1; nothing for v1."""
+    if config.stack != Stack.ddp:
+        return []
+    block, ep = config.model.block, config.ddp.ep
+    moe = getattr(block, "feed_forward_moe", None)
+    layers = config.model.n_layers if moe is not None and moe.scale_loss_by_num_layers else 1
+    weights = [
+        f"{name} {value / layers:.3g}"
+        for name, value in (
+            ("load balancing", moe.lb_loss_weight if moe is not None else None),
+            ("router z", moe.z_loss_weight if moe is not None else None),
+        )
+        if value is not None
+    ]
+    if config.train_module.ep_config is None:
+        exchange = "none: every token reaches its experts"
+    elif config.ddp.may_drop_tokens:
+        exchange = (
+            f"{ep.path}: MAY DROP TOKENS of a rank that is sent more than {ep.capacity_factor} times its even share "
+            "(ddp.ep.capacity_factor); sync_1d drops none"
+        )
+    else:
+        exchange = f"{ep.path}: every token reaches its experts"
+    return [
+        ("stack", "ddp (OLMoDDP): bfloat16, float32 masters; see docs/olmo_ddp.md"),
+        (
+            "losses of a layer's router",
+            ", ".join(weights) + (f": the config's over {layers} layers" if layers > 1 else ""),
+        ),
+        ("expert parallelism", exchange),
+    ]
 
 
 def attention_table(patterns: list[Pattern], T: int, ignored: tuple[str, ...], *, ranks: int = 1) -> Table:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, ClassVar
 
-import torch
 from olmo_core.distributed.utils import get_rank, get_world_size
+from olmo_core.optim.moe_optimizer import OLMoDDPOptimizer
 from olmo_core.train import Trainer, teardown_training_environment
 from olmo_core.train.callbacks import Callback, EvaluatorCallback
 from olmo_core.train.common import OPTIM_GRAD_NORM_METRIC, TRAIN_CE_LOSS_METRIC, ReduceType
@@ -150,8 +150,11 @@ class SkipNonFinite(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._in_a_row = state_dict.get("in_a_row", 0)
 
-    def _drop_bad_gradients(self, optim: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        norm = self.trainer.get_metric(OPTIM_GRAD_NORM_METRIC)
+    def _drop_bad_gradients(self, optim: Any, args: Any, kwargs: Any) -> None:
+        of_ddp = isinstance(
+            optim, OLMoDDPOptimizer
+        )  # which takes the norm as part of a step, and logs what was skipped
+        norm = optim.latest_grad_norm if of_ddp else self.trainer.get_metric(OPTIM_GRAD_NORM_METRIC)
         if norm is None:  # the dry run before the first step
             return
         with cuda_sync_debug_mode(0):
@@ -163,7 +166,8 @@ class SkipNonFinite(Callback):
         optim.zero_grad(set_to_none=True)  # an optimiser leaves parameters without a gradient as they are
         # OLMo-core ends a run at a loss that is not finite.
         self.trainer._metrics[self.step].pop(TRAIN_CE_LOSS_METRIC, None)
-        self.trainer.record_metric(SKIPPED_METRIC, 1.0, reduce_type=ReduceType.max)
+        if not of_ddp:
+            self.trainer.record_metric(SKIPPED_METRIC, 1.0, reduce_type=ReduceType.max)
         if get_rank() == 0:
             log.warning(
                 "step %d skipped: the gradient's norm is %s (%d in a row)", self.step, norm.item(), self._in_a_row

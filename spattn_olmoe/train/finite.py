@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import torch
 from olmo_core.distributed.utils import all_gather_object
+from olmo_core.optim.moe_optimizer import OLMoDDPOptimizer
 from olmo_core.train.train_module import TrainModule
 
 from ..model.finite import first_non_finite
+from .parts import model_parts
 
 
 def find_non_finite(train_module: TrainModule) -> str | None:
@@ -22,9 +24,19 @@ def find_non_finite(train_module: TrainModule) -> str | None:
 
 
 def _state(train_module: TrainModule) -> Iterator[tuple[str, torch.Tensor]]:
-    model, optim = getattr(train_module, "model", None), getattr(train_module, "optim", None)
-    for name, parameter in model.named_parameters() if model is not None else ():
-        yield f"weight {name}", parameter
-        for key, value in (optim.state.get(parameter, {}) if optim is not None else {}).items():
-            if isinstance(value, torch.Tensor):
-                yield f"{key} of weight {name}", value
+    optim = getattr(train_module, "optim", None)
+    if isinstance(optim, OLMoDDPOptimizer):  # float32 masters and moments; the model's weights are rounded masters
+        yield from ((_in_words(key), value) for key, value in optim.states.items())
+        return
+    for part in model_parts(train_module):
+        for name, parameter in part.named_parameters():
+            yield f"weight {name}", parameter
+            for key, value in (optim.state.get(parameter, {}) if optim is not None else {}).items():
+                if isinstance(value, torch.Tensor):
+                    yield f"{key} of weight {name}", value
+
+
+def _in_words(key: str) -> str:
+    """``module.blocks.0.attention.w_q.weight.exp_avg`` as v1's would be called."""
+    name, _, kind = key.removeprefix("module.").rpartition(".")
+    return f"weight {name}" if kind == "main" else f"{kind} of weight {name}"

@@ -23,6 +23,8 @@ from olmo_core.train.train_module.transformer.config import (
 )
 
 from ..model.mixer import PatternAttentionConfig
+from ..model.stack import Stack
+from . import ddp
 from .config import ExperimentConfig
 from .degrees import Degrees
 
@@ -95,6 +97,8 @@ class Layout:
         :raises ValueError: pipeline parallelism, ring attention or a way of checkpointing that is not modelled.
         """
         module = config.train_module
+        if config.stack != Stack.v1:
+            raise ValueError(f"stack={config.stack} is not modelled: set stack=v1 to plan")
         if module.pp_config is not None:
             raise ValueError("train_module.pp_config: pipeline parallelism is not modelled; unset it to plan")
         if module.cp_config is not None and module.cp_config.ring is not None:
@@ -199,14 +203,15 @@ def check_layout(config: ExperimentConfig, world_size: int) -> None:
     if not 1 <= world_size <= MOST_RANKS:
         raise ValueError(f"--gpus {world_size}: must lie between 1 and {MOST_RANKS}")
     module, T = config.train_module, config.sequence_length
-    if module.pp_config is not None:
+    v1 = config.stack == Stack.v1
+    if v1 and module.pp_config is not None:
         raise ValueError(
             "train_module.pp_config: OLMo-core 3.0.0's pipelines train no model with this train module (its stages reject the "
-            "loss that it hands them): leave it unset and use fsdp or hsdp, with tp_config or cp_config"
+            "loss that it hands them): leave it unset and use fsdp or hsdp, with tp_config or cp_config, or set stack=ddp"
         )
     # Degrees multiply, so each must divide what those before it leave. Expert parallelism reuses data-parallel ranks.
     degree = 1
-    for name in ("tp_config", "cp_config"):
+    for name in ("pp_config", "tp_config", "cp_config"):
         part = getattr(module, name)
         if part is None:
             continue
@@ -231,8 +236,9 @@ def check_layout(config: ExperimentConfig, world_size: int) -> None:
         raise ValueError("train_module.dp_config must be set with any other parallelism: set its name to fsdp")
     ranks = world_size // degree
     _check_shards(config)
-    _check_data_parallel(module, ranks)
-    _check_recomputation(config)
+    if v1:
+        _check_data_parallel(module, ranks)
+        _check_recomputation(config)
     if config.data_loader.global_batch_size % (ranks * T):
         raise ValueError(
             f"data_loader.global_batch_size={config.data_loader.global_batch_size} (tokens) must be a multiple of "
@@ -244,6 +250,8 @@ def check_layout(config: ExperimentConfig, world_size: int) -> None:
             f"train_module.rank_microbatch_size={module.rank_microbatch_size} (tokens) must divide the {per_rank} tokens "
             f"that each of {ranks} data-parallel ranks takes of a batch; set it to {per_rank} or a divisor"
         )
+    if not v1:
+        ddp.check_ranks(config, ranks)
 
 
 def _check_shards(config: ExperimentConfig) -> None:

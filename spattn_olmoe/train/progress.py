@@ -19,6 +19,7 @@ from ..machine import peak_flops
 from ..model.flops import flops_per_token
 from . import output
 from .metrics import METRICS_FILE, read_metrics, run_folder
+from .parts import model_parts
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +51,9 @@ class Throughput(SpeedMonitorCallback):
 
     def _ratio(self) -> float | None:
         """FLOPs of the dense model over those of this one, at the length of the latest batch."""
-        model = getattr(self.trainer.train_module, "model", None)
-        if self._dense_ratio is None and model is not None and self._step_seq_len:
-            flops = flops_per_token(model, self._step_seq_len)
+        parts = model_parts(self.trainer.train_module)
+        if self._dense_ratio is None and len(parts) == 1 and self._step_seq_len:  # a pipeline's stage is no whole model
+            flops = flops_per_token(parts[0], self._step_seq_len)
             self._dense_ratio = flops.dense / flops.total
         return self._dense_ratio
 
@@ -115,7 +116,7 @@ class Progress(ConsoleLoggerCallback):
         )
         took = f" in {duration(time.monotonic() - started)}" if self.step > first else ""
         speed = f", {tps * get_world_size():,.0f} tokens/s" if tps else ""
-        vocabulary = getattr(getattr(trainer.train_module, "model", None), "vocab_size", None)
+        vocabulary = next((part.vocab_size for part in model_parts(trainer.train_module)), None)
         return "\n".join(
             [
                 f"{how} {steps}{took}{speed}",

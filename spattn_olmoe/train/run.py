@@ -24,9 +24,10 @@ from ..model.fingerprint import FILE_NAME as FINGERPRINT_FILE
 from ..model.fingerprint import Fingerprint, check_checkpoint
 from ..model.remedies import apply_remedies
 from ..model.section import AUTO, BASELINE, layer_patterns
+from ..model.stack import Stack, require_stack
 from ..model.unpickling import reading
 from ..patterns.head_order import NATURAL
-from . import output
+from . import ddp, output
 from .checkpoints import CheckpointFiles
 from .config import ExperimentConfig
 from .dry_run import in_a_line
@@ -53,6 +54,8 @@ def prepare(config: ExperimentConfig, *, verify_data: bool = False, verbose: boo
     """
     check(config)
     check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if config.stack == Stack.ddp:
+        ddp.check_machine(config)
     check_data(config)
     if (there := config.trainer.load_path) is not None and not is_url(there) and not os.path.isdir(there):
         raise ValueError(f"trainer.load_path={there}: there is no such folder")
@@ -127,8 +130,10 @@ def build_trainer(config: ExperimentConfig) -> Trainer:
     # Weights are drawn by the train module, on every rank alike: nothing may draw between the seed and them.
     seed_all(config.init_seed)
     model_config = config.model_with_attention()
-    model = model_config.build(init_device="meta")  # sharding comes first, so that no rank ever holds the whole model
-    train_module = config.train_module.build(model)
+    of_ddp = config.stack == Stack.ddp
+    built = ddp.model(config) if of_ddp else model_config
+    model = built.build(init_device="meta")  # sharding comes first, so that no rank ever holds the whole model
+    train_module = (ddp.train_module(config) if of_ddp else config.train_module).build(model)
     dataset = config.dataset.build()
     data_loader = config.data_loader.build(dataset, dp_process_group=train_module.dp_process_group)
     trainer_config = config.trainer.copy()  # the config that is saved must be the user's, without what is added here
@@ -155,6 +160,8 @@ def build_trainer(config: ExperimentConfig) -> Trainer:
         trainer_config, {key: data_files(held_out, key) for key, held_out in held_out_datasets(trainer_config)}
     )
     trainer = trainer_config.build(train_module, data_loader)
+    if of_ddp:
+        ddp.save_synchronously(trainer)
     check_not_empty(trainer)
     survive_evaluations(trainer)
     # The saver's config is what a checkpoint is rebuilt from, so it has the patterns in its model, not the section alone.
@@ -214,6 +221,8 @@ def check(config: ExperimentConfig) -> None:
             f"set model.vocab_size to at least {config.dataset.tokenizer.padded_vocab_size()}"
         )
     check_evaluators(config.trainer, module, list(layer_patterns(model)))
+    if config.stack == Stack.ddp:
+        ddp.check(config)
 
 
 def _check_experts(model: TransformerConfig) -> None:
@@ -263,6 +272,7 @@ def check_resume(config: ExperimentConfig, checkpoint: str | None) -> Experiment
     error = changed = None
     if checkpoint is not None and get_rank() == 0:
         try:
+            require_stack(checkpoint, config.stack)
             config = with_order_of(config, checkpoint)
             changed = check_checkpoint(
                 checkpoint, config.model_with_attention(), allow_attention_change=config.allow_attention_change

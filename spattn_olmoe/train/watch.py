@@ -17,6 +17,8 @@ from olmo_core.io import is_url
 from olmo_core.train import Trainer
 from olmo_core.train.callbacks import Callback
 
+from .parts import model_parts
+
 log = logging.getLogger(__name__)
 
 HEARTBEAT_FILE = "heartbeat"
@@ -100,10 +102,11 @@ class Stragglers(Callback):
     def pre_train(self) -> None:
         if not self.enabled or get_world_size() == 1:
             return
-        for block in self.trainer.train_module.model.blocks.values():  # type: ignore[attr-defined]
-            # after FSDP's own hooks, which wait for weights
-            block.register_forward_pre_hook(torch.compiler.disable(self._begin))
-            block.register_forward_hook(torch.compiler.disable(self._end))
+        for part in model_parts(self.trainer.train_module):
+            for block in part.blocks.values():
+                # after FSDP's own hooks, which wait for weights
+                block.register_forward_pre_hook(torch.compiler.disable(self._begin))
+                block.register_forward_hook(torch.compiler.disable(self._end))
 
     def pre_load_batch(self) -> None:
         self._load_started = time.perf_counter()

@@ -127,7 +127,7 @@ def test_stock_evaluators_count_the_last_token_as_a_loss_of_zero(whole, train, h
 
     folder, _ = whole
     monkeypatch.setattr(held_out_loss, "apply", lambda: None)
-    monkeypatch.setattr(TransformerTrainModule, "eval_batch", held_out_loss._stock_eval_batch)
+    monkeypatch.setattr(TransformerTrainModule, "eval_batch", held_out_loss.STOCK[TransformerTrainModule])
     metrics = train(tmp_path / "run", "trainer.callbacks.downstream_evaluator.enabled=false")
     right, stock = expected_loss(folder / "step4", held_out_data)
     assert metrics[4][LOSS] == pytest.approx(stock, rel=1e-5) and stock < right - 0.01

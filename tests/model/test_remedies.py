@@ -15,6 +15,7 @@ from spattn_olmoe.model import apply_remedies
 from spattn_olmoe.model.remedies import (
     REMEDIES,
     cpu_moe,
+    ddp_permutation,
     expert_gradients,
     expert_loop,
     grouped_gemm,
@@ -45,7 +46,7 @@ def test_applying_twice_is_applying_once():
     assert all(x is y for x, y in zip(before, after, strict=True))
     assert cpu_moe._cuda_gather is not cpu_moe.gather
     assert expert_gradients._stock_apply_ep is not expert_gradients.apply_ep
-    assert held_out_loss._stock_eval_batch is not held_out_loss.eval_batch
+    assert all(cls.eval_batch is not stock for cls, stock in held_out_loss.STOCK.items())
 
 
 # ---- dropless MoE on a CPU -------------------------------------------------------------------------------------------
@@ -196,6 +197,79 @@ def test_olmo_core_still_loops_over_experts():
     """Once it takes grouped_mm by itself, ours can go."""
     source = Path(__import__("olmo_core.nn.moe.mlp", fromlist=["mlp"]).__file__).read_text()
     assert "grouped_mm" not in source
+
+
+# ---- the stack ddp without CUDA and TransformerEngine ----------------------------------------------------------------
+
+DDP_STEP = """
+import os, sys, torch
+from benchmarks.tiny import T, VOCAB, tiny
+from spattn_olmoe.model.remedies import REMEDIES
+from spattn_olmoe.train import ddp
+
+def step():
+    torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+    config = tiny("stack=ddp", "train_module.dp_config.name=ddp", "train_module.dp_config.param_dtype=bfloat16")
+    module = ddp.train_module(config).build(ddp.model(config).build(init_device="meta"))
+    ids = torch.randint(2, VOCAB, (2, T))
+    module.model(ids, labels=ids, loss_reduction="sum", loss_div_factor=ids.numel(), return_logits=False).loss.backward()
+    module.model.finalize_grad_reduce()
+    before = module.model.embeddings.weight.clone()
+    module.optim.step()
+    return not torch.equal(before, module.model.embeddings.weight)
+
+for without in sys.argv[2:]:
+    if os.fork() == 0:
+        for remedy in REMEDIES:
+            if not remedy.__name__.endswith("." + without):
+                remedy.apply()
+        sys.argv[1] += without
+        try:
+            print("RESULT", without, "trained" if step() else "stood still", flush=True)
+        except Exception as error:
+            print("RESULT", without, type(error).__name__, error, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+SYMPTOMS = {
+    "nothing": "trained",
+    "ddp_permutation": "TypeError 'NoneType' object is not callable",
+    "ddp_without_cuda": "AssertionError batch_size_per_expert expected to be on GPU",
+    "ddp_optimizer_dtypes": "AssertionError Expect fp32 param",
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU its streams exist, and fail in other ways")
+def test_a_step_of_the_stack_ddp_needs_each_remedy(tmp_path):
+    done = run_python(DDP_STEP, str(tmp_path / "store"), *SYMPTOMS)
+    found = dict(line.split(" ", 2)[1:] for line in done.stdout.splitlines() if line.startswith("RESULT "))
+    assert found.keys() == SYMPTOMS.keys(), done.stderr
+    for without, symptom in SYMPTOMS.items():
+        assert symptom in found[without], f"OLMo-core no longer needs {without}"
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_permutation_and_its_inverse_are_a_loop_over_tokens(top_k):
+    generator = torch.Generator().manual_seed(top_k)
+    N, E, d = 13, 5, 6
+    x = torch.randn(N, d, generator=generator, requires_grad=True)
+    weights = torch.rand(N, top_k, generator=generator, requires_grad=True)
+    experts = torch.stack([torch.randperm(E, generator=generator)[:top_k] for _ in range(N)])
+    rows, places = ddp_permutation.moe_permute(
+        inp=x, routing_map=experts.int(), num_out_tokens=N * top_k, map_type="index"
+    )
+    scale = 1 + experts.flatten().sort(stable=True).values[:, None].float()  # each expert multiplies by its number
+    out = ddp_permutation.moe_unpermute(
+        inp=rows * scale, row_id_map=places, merging_probs=weights, restore_shape=x.shape
+    )
+    expected = sum(weights[:, k, None] * (1 + experts[:, k, None].float()) * x for k in range(top_k))
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(
+        ddp_permutation.moe_unpermute(inp=rows, row_id_map=places), x.repeat_interleave(top_k, 0)
+    )
+    found = torch.autograd.grad(out.square().sum(), [x, weights], retain_graph=True)
+    for one, other in zip(found, torch.autograd.grad(expected.square().sum(), [x, weights]), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 # ---- experts one by one ---------------------------------------------------------------------------------------------

@@ -219,23 +219,31 @@ CONTINUED = ["1b7b_from_olmoe.yaml", "1b7b_spattn_16k.yaml", "1b7b_spattn_64k.ya
 """Train on from weights that are there, with a schedule of their own."""
 
 
-def test_there_are_nineteen():
-    assert len(CONFIGS) == 19
-    assert set(CONTINUED) < set(CONFIGS)
+NEW_STACK = ("1b7b_spattn_ddp.yaml", "quickstart_ddp.yaml")
+"""The same run in OLMo-core's new stack."""
+
+
+def test_there_are_twenty_one():
+    assert len(CONFIGS) == 21
+    assert {*CONTINUED, *NEW_STACK} < set(CONFIGS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_shipped_config_loads_and_passes_its_checks(name):
     config = load_experiment(ROOT / "configs" / name)
     check(config)
-    type_ = "spattention" if name in ("quickstart.yaml", *CONTINUED) else name.removesuffix(".yaml").partition("_")[2]
+    type_ = (
+        "spattention"
+        if name in ("quickstart.yaml", *CONTINUED, *NEW_STACK)
+        else name.removesuffix(".yaml").partition("_")[2]
+    )
     assert {p.name for p in layer_patterns(config.model_with_attention())} == {TYPES.get(type_, type_)}
 
 
 SIZES = {"1b7b": ("6.92", "1.28"), "0p25b1p75b": ("1.75", "0.34"), "table2": ("1.75", "0.34")}
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "quickstart.yaml"])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("quickstart")])
 def test_a_shipped_config_has_the_published_parameters(name):
     model = load_experiment(ROOT / "configs" / name).model_with_attention()
     counted = tuple(f"{n / 1e9:.2f}" for n in (model.num_params, model.num_active_params))
@@ -244,11 +252,24 @@ def test_a_shipped_config_has_the_published_parameters(name):
     assert sum(p.numel() for p in built.parameters()) == model.num_params
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("quickstart.yaml", *CONTINUED)])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("quickstart.yaml", *CONTINUED, *NEW_STACK)])
 def test_a_shipped_config_differs_from_its_base_in_the_attention_type_only(name):
     base = ROOT / "configs" / "base" / f"{name.partition('_')[0]}.yaml"
     ours, theirs = (without_type(read(path)) for path in (ROOT / "configs" / name, base))
     assert ours == theirs
+
+
+@pytest.mark.parametrize("name", NEW_STACK)
+def test_a_config_of_the_new_stack_differs_from_its_base_in_the_stack_only(name):
+    ours = read(ROOT / "configs" / name)
+    theirs = read(ROOT / "configs" / name.replace("_ddp", ""))
+    dp = ours["train_module"]["dp_config"]
+    assert (ours["stack"], dp["name"], dp["param_dtype"]) == ("ddp", "ddp", "bfloat16")
+    for key in ("attention", "model", "dataset", "data_loader"):
+        assert json.loads(json.dumps(ours[key]).replace(ours["name"], theirs["name"])) == theirs[key], key
+    for config in (ours, theirs):
+        del config["train_module"]["dp_config"]
+    assert json.loads(json.dumps(ours["train_module"]).replace(ours["name"], theirs["name"])) == theirs["train_module"]
 
 
 def without_type(data):

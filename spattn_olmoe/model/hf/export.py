@@ -15,19 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from olmo_core.distributed.checkpoint import get_checkpoint_metadata, load_keys
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ...files import inside, sync_folder
 from ...json_files import read_json
 from ...patterns import Pattern, build_pattern
 from ...serving import modeling_spattn_olmoe
 from ..checkpoint import Checkpoint
-from ..unpickling import reading
 from .card import model_card
 from .config import MODELING_FILE, hf_config
 from .weights import Shape, same_bits, split
@@ -66,7 +63,7 @@ def export(
         dtype=dtype,
     )
     shape = Shape.of(config)
-    read = reader(checkpoint.path, shape)
+    read = reader(checkpoint, shape)
     n_bytes = sum(torch.Size(s).numel() for s in shape.core().values()) * DTYPES[dtype].itemsize
     with complete_or_absent(to, n_bytes) as folder:
         _write_weights(folder, shape, read, DTYPES[dtype])
@@ -76,29 +73,14 @@ def export(
     return config
 
 
-def reader(path: str, shape: Shape) -> Callable[[str], Tensor]:
-    """Reads one weight of a checkpoint by OLMo-core's name.
+def reader(checkpoint: Checkpoint, shape: Shape) -> Callable[[str], Tensor]:
+    """Reads one weight of a checkpoint by v1's name, whichever stack trained it.
 
     :raises ValueError: the checkpoint's weights are not those of such a model, or cannot be read.
     """
-    folder = f"{path.rstrip('/')}/model_and_optim"
-    try:
-        stored = get_checkpoint_metadata(folder)
-    except FileNotFoundError:  # weights alone, without the state of a run
-        folder, stored = path, get_checkpoint_metadata(path)
-    found = {
-        key.removeprefix("model."): tuple(entry.size)
-        for key, entry in stored.state_dict_metadata.items()
-        if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
-    }
-    require_weights(found, shape.core(), f"checkpoint {path}")
-
-    def read(name: str) -> Tensor:
-        with reading(path):
-            (tensor,) = load_keys(folder, [f"model.{name}"])
-        return tensor
-
-    return read
+    weights = checkpoint.weights()
+    require_weights(weights.sizes, shape.core(), f"checkpoint {checkpoint.path}")
+    return weights.read
 
 
 def require_weights(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], where: str) -> None:
@@ -211,7 +193,7 @@ def verify(checkpoint: Checkpoint, folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     config = read_config(folder / "config.json")
     shape = Shape.of(config)
-    read, there = reader(checkpoint.path, shape), Published(folder)
+    read, there = reader(checkpoint, shape), Published(folder)
     require_weights(there.shapes, shape.published(), str(folder))
     for name in shape.core():
         for published, tensor in shape.to_published(name, read(name).to(DTYPES[config["dtype"]])).items():

@@ -7,17 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from olmo_core.distributed.checkpoint.filesystem import RemoteFileSystemWriter
 from olmo_core.nn.transformer import TransformerConfig
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from ...data.tokenizer import parse_tokenizer, vocab_size
 from ..checkpoint import TOKENIZER_FILE
 from ..checkpoint_files import write_checksums
 from ..fingerprint import FILE_NAME, Fingerprint
+from ..lazy_save import described, save_lazily
 from ..section import BASELINE, with_attention
 from .config import hf_config, require_same_model
 from .export import Published, complete_or_absent, read_config, require_weights
@@ -96,21 +92,8 @@ def _check_tokenizer(source: Path, n_ids: int) -> None:
 def _save(folder: Path, shape: Shape, weights: Published, fused: bool) -> None:
     """Weights alone, in OLMo-core's format: the checkpoint's own folder is where it looks for those."""
     dtype = weights.read("model.norm.weight").dtype
-    described = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in shape.core().items()}
-    save(
-        {"model": described},
-        storage_writer=RemoteFileSystemWriter(folder, thread_count=1),
-        planner=_Lazily(shape, weights, fused),
-        no_dist=True,
+    save_lazily(
+        folder,
+        {f"model.{name}": described(size, dtype) for name, size in shape.core().items()},
+        lambda key: shape.from_published(key.removeprefix("model."), weights.read, fused),
     )
-
-
-class _Lazily(DefaultSavePlanner):
-    """Makes each tensor when it is written: a state dict of descriptions is saved, with little memory."""
-
-    def __init__(self, shape: Shape, weights: Published, fused: bool):
-        super().__init__()
-        self.shape, self.weights, self.fused = shape, weights, fused
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return self.shape.from_published(index.fqn.removeprefix("model."), self.weights.read, self.fused)

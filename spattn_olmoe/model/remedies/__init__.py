@@ -8,6 +8,9 @@ from . import (
     async_save_metric,
     cancellation,
     cpu_moe,
+    ddp_optimizer_dtypes,
+    ddp_permutation,
+    ddp_without_cuda,
     expert_gradients,
     expert_loop,
     grouped_gemm,
@@ -27,6 +30,9 @@ REMEDIES = (
     cancellation,
     async_save_metric,
     unpickling,
+    ddp_permutation,
+    ddp_without_cuda,
+    ddp_optimizer_dtypes,
 )
 
 

@@ -20,18 +20,9 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from .. import unpickling
 from .release import require_tested_release
+from .substitute import Substitute
 
 _stock_read_data = RemoteFileSystemReader.read_data
-
-
-class _Instead:
-    """A module with some of its functions exchanged."""
-
-    def __init__(self, module: Any, **functions: Any):
-        self.__dict__.update(functions, _module=module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
 
 
 def apply() -> None:
@@ -40,9 +31,9 @@ def apply() -> None:
     :raises OLMoConfigurationError: another release of OLMo-core, which may read them elsewhere.
     """
     require_tested_release(__name__)
-    filesystem.pickle = _Instead(pickle, load=unpickling.read_index)  # type: ignore[assignment]
-    filesystem.torch = _Instead(torch, load=unpickling.load_tensor)  # type: ignore[assignment]
-    checkpoint.torch = _Instead(torch, load=unpickling.load_state)  # type: ignore[assignment]
+    filesystem.pickle = Substitute(pickle, load=unpickling.read_index)  # type: ignore[assignment]
+    filesystem.torch = Substitute(torch, load=unpickling.load_tensor)  # type: ignore[assignment]
+    checkpoint.torch = Substitute(torch, load=unpickling.load_state)  # type: ignore[assignment]
     RemoteFileSystemReader.read_data = read_data  # type: ignore[method-assign]
 
 

@@ -1,0 +1,81 @@
+"""Training in the stack ``ddp`` is training in v1, on one rank and on two, from the same weights.
+
+Float32 shows it to rounding; pipelines compute in bfloat16 only, and are what one rank computes there.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from olmo_core.distributed.checkpoint import save_model_and_optim_state
+
+from benchmarks.layouts import DDP_LAYOUTS, DDP_STACK, FOUR_LAYERS, SMOOTH, difference, train
+from benchmarks.tiny import tiny, write_data
+from spattn_olmoe.model import apply_remedies
+from spattn_olmoe.model.checkpoint import Checkpoint
+from spattn_olmoe.model.checkpoint_files import write_checksums
+from spattn_olmoe.model.convert import convert
+from spattn_olmoe.model.fingerprint import FILE_NAME, Fingerprint
+from spattn_olmoe.model.stack import Stack
+from spattn_olmoe.patterns import VARIANTS
+
+RUN = (*VARIANTS["sharing"].overrides, FOUR_LAYERS, "trainer.max_duration.value=3", "trainer.load_trainer_state=false")
+PIPELINES = [name for name in DDP_LAYOUTS if name.startswith("pipeline")]
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory: pytest.TempPathFactory) -> dict[Stack, Path]:
+    """One model's random weights as a checkpoint of each stack."""
+    folder = tmp_path_factory.mktemp("start")
+    apply_remedies()
+    config = tiny(*SMOOTH, *RUN, f"dataset.tokenizer.identifier={write_data(folder / 'data')}/tokenizer.json")
+    described = config.model_with_attention()
+    model, generator = described.build(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0 if parameter.dim() > 1 else 1.0, 0.1, generator=generator)
+    v1 = folder / "v1" / "step0"
+    save_model_and_optim_state(v1 / "model_and_optim", model)
+    (v1 / ".metadata.json").write_text('{"version": "3"}')
+    (v1 / "config.json").write_text(json.dumps(config.replace(model=described).as_config_dict()))
+    (v1 / FILE_NAME).write_text(Fingerprint.of(described).to_json())
+    write_checksums(v1, rank=0, ranks=1)
+    convert(Checkpoint.open(v1), folder / "ddp" / "step0", Stack.ddp)
+    return {Stack.v1: v1, Stack.ddp: folder / "ddp" / "step0"}
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory: pytest.TempPathFactory, starts):
+    """All runs by number of ranks, with one launch for each."""
+
+    def of_ddp(*layout: str, float32: bool) -> dict:
+        overrides = [*RUN, *DDP_STACK, *layout, f"trainer.load_path={starts[Stack.ddp]}"]
+        return {"overrides": overrides, "ddp_in_float32": float32}
+
+    one = {
+        "v1": {"overrides": [*RUN, f"trainer.load_path={starts[Stack.v1]}"]},
+        "ddp": of_ddp(float32=True),
+        "ddp in bfloat16": of_ddp(float32=False),
+    }
+    two = {name: of_ddp(*layout, float32=name not in PIPELINES) for name, layout in DDP_LAYOUTS.items()}
+    return {n: train(tmp_path_factory.mktemp(f"ranks{n}"), n, runs) for n, runs in ((1, one), (2, two))}
+
+
+def test_one_rank_is_v1(curves):
+    assert len(curves[1]["v1"]) == 3
+    assert max(difference(curves[1]["v1"], curves[1]["ddp"])) < 1e-5
+
+
+@pytest.mark.parametrize("layout", [name for name in DDP_LAYOUTS if name not in PIPELINES])
+def test_two_ranks_are_v1_on_one(curves, layout):
+    assert max(difference(curves[1]["v1"], curves[2][layout])) < 1e-5
+
+
+@pytest.mark.parametrize("layout", PIPELINES)
+def test_a_pipeline_is_one_rank(curves, layout):
+    loss, norm, balance = difference(curves[1]["ddp in bfloat16"], curves[2][layout])
+    assert loss == 0 and norm < 1e-6 and balance < 1e-6
+    assert difference(curves[1]["v1"], curves[2][layout])[0] < 1e-3
