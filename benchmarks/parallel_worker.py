@@ -22,7 +22,7 @@ from spattn_olmoe.model import PatternAttention, apply_remedies
 from spattn_olmoe.train import ExperimentConfig, ddp, load_experiment
 from spattn_olmoe.train.layout import check_layout
 from spattn_olmoe.train.metrics import read_metrics
-from spattn_olmoe.train.run import build_trainer, check, check_resume, checkpoint_to_load
+from spattn_olmoe.train.run import build_trainer, check, check_resume, checkpoint_to_load, load
 from spattn_olmoe.train.shards import check_data
 
 METRICS = ("train/CE loss", "optim/total grad norm", "train/load balancing loss")
@@ -66,8 +66,11 @@ def train(base: str, overrides: list[str], forget: bool) -> list[list[float]]:
     check(config)
     check_layout(config, get_world_size())
     check_data(config)
-    config = check_resume(config, checkpoint_to_load(config))
+    checkpoint = checkpoint_to_load(config)
+    config = check_resume(config, checkpoint)
     trainer = build_trainer(config)
+    if checkpoint is not None:
+        load(trainer, checkpoint)
     if forget:
         forget_head_offsets(trainer)
     trainer.fit()
