@@ -26,8 +26,10 @@ def models(work: Path) -> list[Path]:
 @torch.no_grad()
 def native(work: Path) -> None:
     """Logits of every prompt, and the likeliest continuation of the last one."""
+    from spattn_olmoe.errors import quiet
     from spattn_olmoe.model.checkpoint import Checkpoint
 
+    quiet()
     prompts = json.loads((work / "prompts.json").read_text())
     for folder in models(work):
         model = Checkpoint.open(folder / "step1").load("cpu").model

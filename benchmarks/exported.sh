@@ -16,5 +16,5 @@ fi
 "$PY" -m benchmarks.serving prepare "$WORK"
 "$PY" -m benchmarks.exported native "$WORK"
 here="$PWD" # checked from elsewhere: the package must not be found
-(cd "$WORK" && "$VENV/bin/python" "$here/benchmarks/exported.py" check "$WORK")
+(cd "$WORK" && env -u PYTHONPATH "$VENV/bin/python" "$here/benchmarks/exported.py" check "$WORK")
 "$PY" -m benchmarks.exported result "$WORK"

@@ -43,10 +43,12 @@ def prepare(work: Path) -> None:
     """Checkpoints of random weights, their exports, and the prompts."""
     import torch
 
+    from spattn_olmoe.errors import quiet
     from spattn_olmoe.model.checkpoint import Checkpoint
     from spattn_olmoe.model.hf.export import export
     from spattn_olmoe.train.config import load_experiment
 
+    quiet()
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(2, VOCAB, (n,), generator=generator).tolist() for n in PROMPTS]
     prompts[3][:100] = prompts[0][:100]
@@ -139,8 +141,10 @@ def compare(work: Path) -> None:
     import torch
 
     from spattn_olmoe import machine
+    from spattn_olmoe.errors import quiet
     from spattn_olmoe.model.checkpoint import Checkpoint
 
+    quiet()
     prompts = json.loads((work / "prompts.json").read_text())
     served = json.loads((work / "served.json").read_text())
     rows = []
