@@ -210,3 +210,61 @@ def training_plot(rows: list[Row], path: Path) -> None:
             axis.set_ylabel("tokens/s")
             axis.set_title(model)
             axis.legend(fontsize="small")
+
+
+# ---- a step on a CPU -------------------------------------------------------------------------------------------------
+
+_STEP_WORDS = """
+A step is forward, backward, clipping and AdamW of the quickstart's model. Least times of all rounds; the contenders of a
+table took turns in one process. `over dense`: our dense step's time by this one's, `by operations` the same of their
+floating-point operations, the bound. `over transformers`: the time of transformers' step, dense as well, by this one's.
+"""
+
+
+def step_markdown(data: dict[str, Any]) -> str:
+    """The whole report: where it was measured, and one table a setting."""
+    lines = ["# A training step on a CPU", "", *_runs(data["runs"]), _STEP_WORDS.rstrip()]
+    for setting in _unique(row["setting"] for row in data["rows"]):
+        lines += ["", f"## {setting}", ""]
+        lines += step_lines([row for row in data["rows"] if row["setting"] == setting])
+    return "\n".join(lines) + "\n"
+
+
+def step_lines(rows: list[Row]) -> list[str]:
+    """The table of one setting."""
+    dense = next((row for row in rows if row["contender"] == "dense"), None)
+    theirs = next((row for row in rows if row["contender"].startswith("transformers")), None)
+    body = []
+    for row in rows:
+        ours = dense is not None and row["flops_per_token"]
+        cells = [
+            row["contender"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{dense['seconds'] / row['seconds']:.2f}x" if dense else "n/a",
+            f"{dense['flops_per_token'] / row['flops_per_token']:.2f}x" if dense and ours else "n/a",
+            f"{theirs['seconds'] / row['seconds']:.2f}x" if theirs else "n/a",
+        ]
+        body.append(cells)
+    head = ["attention", "tokens/s", "over dense", "by operations", "over transformers"]
+    return [table(head, body, "lrrrr")]
+
+
+def step_plot(rows: list[Row], path: Path) -> None:
+    """A step's speed over dense by length, with its bound dashed: of the settings with the most tokens a step."""
+    most = max(row["tokens"] for row in rows)
+    mine = [row for row in rows if row["tokens"] == most and row["flops_per_token"]]
+    dense = {row["N"]: row for row in mine if row["contender"] == "dense"}
+    with _panels(path, 1, 4.0) as (axis,):
+        for colour, mask in enumerate(_unique(row["contender"] for row in mine if row["contender"] != "dense")):
+            found = {row["N"]: row for row in mine if row["contender"] == mask and row["N"] in dense}
+            lengths = sorted(found)
+            for key, style in (("seconds", "-"), ("flops_per_token", "--")):
+                ratios = [dense[N][key] / found[N][key] for N in lengths]
+                label = mask if key == "seconds" else f"{mask}, by operations"
+                axis.plot(lengths, ratios, style, color=f"C{colour}", marker="o" if style == "-" else None, label=label)
+        axis.set_xscale("log", base=2)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xlabel("sequence length N")
+        axis.set_ylabel("speed of a step over dense")
+        axis.set_title(f"{most:,} tokens a step")
+        axis.legend(fontsize="small")

@@ -92,35 +92,11 @@ def _measure(job: Job, config: Any) -> dict[str, Any]:
     if kernel == "ours dense":
         mixer.impl = "triton"
 
-    module = config.train_module.build(model_config.build(init_device="meta"))
-    module._set_model_mode("train")
     generator = torch.Generator().manual_seed(0)
     shape_of_ids = job.microbatches, job.sequences, job.N
     ids = torch.randint(0, config.dataset.tokenizer.vocab_size, shape_of_ids, generator=generator).to(device)
-    labels = torch.nn.functional.pad(ids[..., 1:], (0, 1), value=-100)
     tokens = ids.numel()
-
-    def step() -> torch.Tensor:
-        total = torch.zeros((), device=device)
-        for i, (x, y) in enumerate(zip(ids, labels, strict=True)):
-            with module._train_microbatch_context(i, job.microbatches):
-                _, loss, ce_loss, _ = module.model_forward(
-                    x,
-                    labels=y,
-                    ignore_index=-100,
-                    loss_reduction="sum",
-                    loss_div_factor=tokens,
-                    return_logits=False,
-                )
-                total += ce_loss.detach()
-                loss.backward()
-        module.model.post_batch()
-        module.model.reset_auxiliary_metrics()
-        module._clip_grad_norm(module.max_grad_norm)
-        module.optim.step()
-        module.model.post_optim_step()
-        module.zero_grads()
-        return total
+    step = build_step(config, model_config, ids)
 
     losses = [float(step()) for _ in range(2)]  # compiles, allocates Adam's moments, fills caches
     if job.device == "cuda":
@@ -156,6 +132,42 @@ def _measure(job: Job, config: Any) -> dict[str, Any]:
         }
         result["profile"] |= judge(result["profile"])
     return result
+
+
+def build_step(config: Any, model_config: Any, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """One optimiser step as a call, which returns its loss.
+
+    :param config: an experiment, whose train module is built around ``model_config``.
+    :param ids: ``(microbatches, sequences, N)`` tokens, on the device.
+    """
+    module = config.train_module.build(model_config.build(init_device="meta"))
+    module._set_model_mode("train")
+    labels = torch.nn.functional.pad(ids[..., 1:], (0, 1), value=-100)
+    microbatches, tokens = len(ids), ids.numel()
+
+    def step() -> torch.Tensor:
+        total = torch.zeros((), device=ids.device)
+        for i, (x, y) in enumerate(zip(ids, labels, strict=True)):
+            with module._train_microbatch_context(i, microbatches):
+                _, loss, ce_loss, _ = module.model_forward(
+                    x,
+                    labels=y,
+                    ignore_index=-100,
+                    loss_reduction="sum",
+                    loss_div_factor=tokens,
+                    return_logits=False,
+                )
+                total += ce_loss.detach()
+                loss.backward()
+        module.model.post_batch()
+        module.model.reset_auxiliary_metrics()
+        module._clip_grad_norm(module.max_grad_norm)
+        module.optim.step()
+        module.model.post_optim_step()
+        module.zero_grads()
+        return total
+
+    return step
 
 
 def _attention(job: Job, pattern: Any, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[str, float]:

@@ -21,6 +21,8 @@ SUBCOMMANDS = {
     "memory": "the planner's memory model against real allocations of training, layout by layout",
     "gpu": "everything that takes a GPU, one part after another, resumable",
     "training": "training steps: dense attention against exclusive bands and local sharing",
+    "step": "a training step on a CPU: every mask and transformers' OLMoE, in turns",
+    "decoding": "generation on a CPU through the KV cache, by the length of the context",
     "evaluation": "scoring under lm-eval, ours against lm-eval's own model of transformers' OLMoE",
     "parallel": "every parallel layout against one rank: are losses and gradients the same",
     "compile_kernels": "the fused kernels compiled for GPUs that are not here: registers, spills, shared memory",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..patterns import Pattern
-from .dispatch import triton_unsuitable
+from .dispatch import attention, triton_unsuitable
 from .scale import positive_scale
 
 DECODE_QUERIES = 1
@@ -34,8 +36,9 @@ def cached_attention(
         must be in the cache), of no dimension or ``(B,)`` where every sequence has a length of its own.
     :param leftpad: padding tokens before each sequence, int ``(B,)``. They are attended by no one, and positions
         count from their end.
-    :param impl: ``sdpa``: PyTorch's attention under a mask. ``triton``: a kernel that reads only the keys that a
-        query's distances reach; no gradients. ``auto``: ``triton`` on CUDA for a single query, else ``sdpa``.
+    :param impl: ``sdpa``: PyTorch's attention under a mask. ``cpu``, for one query, and ``triton``, without gradients, read
+        only the keys that a query's distances reach. ``auto``: ``triton`` on CUDA for a single query; on a CPU ``cpu``
+        for one, and attention without a cache for a prompt that fills it from its start; else ``sdpa``.
     :returns: ``(B, T, H, D)``; zeros for queries that have no key.
     :raises ValueError: shapes that do not fit, an ``impl`` that cannot serve the call, or a pattern that follows the
         length of its input, for which a cache is not valid.
@@ -47,16 +50,30 @@ def cached_attention(
         )
     _check(q_BTHD, k_BSGD, v_BSGD, pattern, start, leftpad, head_offset)
     q_BTHD, scale = positive_scale(q_BTHD, scale)
+    T, on_cpu = q_BTHD.shape[1], q_BTHD.device.type == "cpu"
+    if on_cpu:  # where looking costs nothing
+        start = int(start) if isinstance(start, Tensor) and start.numel() == 1 else start
+        leftpad = leftpad if leftpad is not None and leftpad.any() else None
+    unsuitable = {
+        "sdpa": None,
+        "cpu": _slices_unsuitable(q_BTHD, pattern, start),
+        "triton": _decode_unsuitable(q_BTHD, k_BSGD, v_BSGD, pattern),
+    }
     if impl == "auto":
-        decoding = q_BTHD.device.type == "cuda" and 0 < q_BTHD.shape[1] <= DECODE_QUERIES and q_BTHD.shape[0] > 0
-        impl = "triton" if decoding and not _decode_unsuitable(q_BTHD, k_BSGD, v_BSGD, pattern) else "sdpa"
+        if on_cpu and T > 1 and isinstance(start, int) and start == 0 and leftpad is None:
+            k, v = (x[:, :T].to(q_BTHD.dtype) for x in (k_BSGD, v_BSGD))
+            return attention(q_BTHD, k, v, pattern, scale=scale, head_offset=head_offset)
+        fast = "cpu" if on_cpu else "triton"
+        impl = fast if 0 < T <= DECODE_QUERIES and len(q_BTHD) and not unsuitable[fast] else "sdpa"
+    if impl not in unsuitable:
+        raise ValueError(f"impl={impl!r} is unknown (known: auto, {', '.join(unsuitable)})")
+    if unsuitable[impl]:
+        raise ValueError(f"impl={impl!r} {unsuitable[impl]}")
     if impl == "sdpa":
         return _masked(q_BTHD, k_BSGD, v_BSGD, pattern, start, leftpad, scale, head_offset)
-    if impl != "triton":
-        raise ValueError(f"impl={impl!r} is unknown (known: auto, sdpa, triton)")
-    reason = _decode_unsuitable(q_BTHD, k_BSGD, v_BSGD, pattern)
-    if reason:
-        raise ValueError(f"impl='triton' {reason}")
+    if impl == "cpu":
+        assert isinstance(start, int)
+        return _slices(q_BTHD, k_BSGD, v_BSGD, pattern, start, leftpad, scale, head_offset)
     from . import triton as banded
 
     device = q_BTHD.device
@@ -102,6 +119,58 @@ def _masked(
     )
     # CUDA's fused SDPA kernels do not promise zeros for a row without keys.
     return out.masked_fill(~mask.any(-1, keepdim=True), 0.0).transpose(1, 2)
+
+
+def _slices(
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGD: Tensor,
+    pattern: Pattern,
+    start: int,
+    leftpad: Tensor | None,
+    scale: float,
+    head_offset: int,
+) -> Tensor:
+    """One query against the slices of the cache that its distances reach: neighbouring heads with the same ones together.
+
+    Padding moves queries and keys alike, so that distances are those of the cache's places.
+    """
+    assert pattern.table is not None
+    H, group = q_BTHD.shape[2], q_BTHD.shape[2] // k_BSGD.shape[2]
+    reached = [
+        tuple((max(0, start - hi + 1), start - lo + 1) for lo, hi in head if lo < hi and lo <= start)
+        for head in pattern.table[head_offset : head_offset + H]
+    ]
+    out = torch.zeros_like(q_BTHD)
+    for (spans, _), heads in itertools.groupby(range(H), key=lambda h: (reached[h], h // group if group > 1 else 0)):
+        first, *rest = heads
+        at = slice(first, first + len(rest) + 1)
+        if not spans:
+            continue
+        groups = slice(first // group, (at.stop - 1) // group + 1)
+        k, v = ([x[:, a:b, groups].to(q_BTHD.dtype) for a, b in spans] for x in (k_BSGD, v_BSGD))
+        keys, values = (x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in (k, v))
+        mask = None
+        if leftpad is not None:
+            places = torch.cat([torch.arange(a, b) for a, b in spans])
+            mask = places >= leftpad[:, None]
+            keys, values = (x.masked_fill(~mask[..., None, None], 0.0) for x in (keys, values))
+            mask = mask[:, None, None]
+        q, k_BGSD, v_BGSD = (x.transpose(1, 2) for x in (q_BTHD[:, :, at], keys, values))
+        part = F.scaled_dot_product_attention(q, k_BGSD, v_BGSD, attn_mask=mask, scale=scale, enable_gqa=group > 1)
+        if mask is not None:
+            part = part.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+        out[:, :, at] = part.transpose(1, 2)
+    return out
+
+
+def _slices_unsuitable(q: Tensor, pattern: Pattern, start: Tensor | int) -> str | None:
+    """Why slices of the cache cannot serve a call, as the end of a sentence; None where they can."""
+    if pattern.table is None:
+        return f"reads distance intervals, which {pattern.name!r} is not made of"
+    if q.device.type != "cpu" or not isinstance(start, int) or q.shape[1] != 1:
+        return "reads slices of a cache on a CPU, for one query at one place in all sequences: use impl='auto'"
+    return None
 
 
 def _column(start: Tensor | int) -> Tensor | int:
