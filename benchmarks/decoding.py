@@ -74,10 +74,11 @@ def decoder(mask: str, N: int) -> tuple[Callable[[], None], int]:
     words = [*find_variant(mask).overrides, "model.d_model=512", f"dataset.sequence_length={N}"]
     config = load_experiment(ROOT / "configs/quickstart.yaml", words)
     model = config.model_with_attention().build(init_device="cpu").eval()
-    caches = []
+    caches: list[Any] = []
     for block in model.blocks.values():
-        block.attention.init_kv_cache_manager(1, N + TOKENS)
-        caches.append(block.attention.kv_cache_manager)
+        attention: Any = block.attention
+        attention.init_kv_cache_manager(1, N + TOKENS)
+        caches.append(attention.kv_cache_manager)
         for tensor in (caches[-1].k_cache, caches[-1].v_cache):
             tensor.normal_()
     token = torch.zeros(1, 1, dtype=torch.long)
