@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contexts", nargs="+", type=whole(64, 2**20), metavar="N", default=[1024, 4096, 16384, 65536])
     parser.add_argument("--rounds", type=whole(1, 1000), default=5)
     arguments.add_patterns(parser, MASKS)
+    parser.add_argument("--results", type=Path, default=machine.results_folder("cpu") / "decoding.json")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,9 +42,8 @@ def run(args: argparse.Namespace) -> int:
     quiet()
     apply_remedies()
     rows = [row for N in args.contexts for row in measure(args.patterns, N, args.rounds)]
-    path = machine.results_folder("cpu") / "decoding.json"
-    machine.write_json(path, {"machine": machine.describe("cpu"), "rows": rows})
-    print("\n".join(lines(rows)), path, sep="\n")
+    machine.write_json(args.results, {"machine": machine.describe("cpu"), "rows": rows})
+    print("\n".join(lines(rows)), args.results, sep="\n")
     return 0
 
 

@@ -15,6 +15,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,20 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-transformers", action="store_true", help="our masks alone")
     parser.add_argument("--report", action="store_true", help="measure nothing: make table and plot of what is stored")
     arguments.add_patterns(parser, MASKS)
+    parser.add_argument("--results", type=Path, default=machine.results_folder("cpu") / "step.json")
 
 
 def run(args: argparse.Namespace) -> int:
-    path = machine.results_folder("cpu") / "step.json"
     if not args.report:
         if args.top_k > args.experts:
             raise ValueError(f"--top-k {args.top_k}: must be at most --experts {args.experts}")
-        store = Store(path, machine.describe("cpu"))
+        store = Store(args.results, machine.describe("cpu"))
         with _training_environment():
             for N in args.lengths:
                 rows = measure(args, N)
                 store.add(rows[0]["setting"], rows)
                 report.print_setting(rows[0]["setting"], report.step_lines(rows))
-    for file in report.write(path, report.step_markdown, report.step_plot):
+    for file in report.write(args.results, report.step_markdown, report.step_plot):
         print(f"wrote {file}")
     return 0
 

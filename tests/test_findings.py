@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is n
 from benchmarks import throughput
 from spattn_olmoe.paper import appendix, report
 from spattn_olmoe.paper.comparison import Comparison
+from spattn_olmoe.paper.recall import report as recall_report
 from spattn_olmoe.paper.runs import SCALES
 from spattn_olmoe.paper.same_start import check_same_start
 
@@ -44,6 +45,11 @@ def test_the_report_of_the_appendix_is_that_of_its_results():
 def test_the_report_of_throughput_is_that_of_its_results():
     results = json.loads((RESULTS / "throughput.json").read_text())
     assert throughput.markdown(results) == (RESULTS / "throughput.md").read_text()
+
+
+def test_the_report_of_recall_is_that_of_its_results():
+    results = json.loads((RESULTS / "recall.json").read_text())
+    assert recall_report.markdown("recall", results) == (RESULTS / "recall.md").read_text()
 
 
 def sections() -> list[tuple[list[str], str]]:
