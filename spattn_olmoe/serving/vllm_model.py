@@ -21,7 +21,9 @@ class SPAttnOlmoeDecoderLayer(OlmoeDecoderLayer):
         config, attention = vllm_config.model_config.hf_config, self.self_attn
         whole = AttentionRule.from_config(config.attention_rules[extract_layer_index(prefix)])
         attention.attn.attention_rule = local_rule(whole, attention.num_heads, attention.tp_rank)
-        if not current_platform.is_cpu():
+        if current_platform.is_cpu():
+            _require_head_size(attention.attn)
+        else:
             _require_flex(attention.attn)
             attention.attn.logical_mask_mod = mask_mod(attention.attn.attention_rule)
 
@@ -32,6 +34,15 @@ class SPAttnOlmoeForCausalLM(OlmoeForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         require_vllms_constants(vllm_config.model_config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=SPAttnOlmoeDecoderLayer)
+
+
+def _require_head_size(attention: Any) -> None:
+    """vLLM's CPU attention has kernels for some head sizes, and names the others only at the first prompt."""
+    sizes = attention.get_attn_backend().get_supported_head_sizes()
+    if attention.head_size not in sizes:
+        raise ValueError(
+            f"head_dim={attention.head_size}: vLLM serves {', '.join(map(str, sizes))} on a CPU; use transformers for this model"
+        )
 
 
 def _require_flex(attention: Any) -> None:
