@@ -31,6 +31,10 @@ MASKS = ("dense", "sharing", "exclusive", "sliding_window")
 EXPERTS_PATHS = ("eager", "batched_mm", "grouped_mm")
 """How transformers computes experts, by the names that it takes."""
 
+WEIGHTS = 3 * 128 * 128
+"""Of one expert of the quickstart's model."""
+MOST_BYTES = 2**31
+
 Step = Callable[[], object]
 
 
@@ -126,6 +130,10 @@ def _ids(setting: dict[str, Any]) -> torch.Tensor:
 def _fastest_of_transformers(setting: dict[str, Any]) -> tuple[str, Step]:
     found = {}
     for path in EXPERTS_PATHS:
+        # batched_mm copies an expert's weights for every token that it is chosen for, forward and backward.
+        if path == "batched_mm" and (need := 4 * WEIGHTS * setting["tokens"] * setting["top_k"]) > MOST_BYTES:
+            print(f"transformers {path}: left out, copies of weights would take {need / 2**30:.0f} GiB")
+            continue
         try:
             step = _transformers(setting, path)
             step()
