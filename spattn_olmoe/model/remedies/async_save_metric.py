@@ -6,7 +6,7 @@ collective that the others never begin. At the end of a run of several ranks tha
 
 In a pipeline ranks have metrics of their own layers, and OLMo-core puts a zero where one has none. The time of the last save is
 recorded after a run's last step has been logged, alone, so that this step is logged once more with all losses of routers
-zero. There the time of a save is left out too.
+zero. There the time of a save is left out too; other metrics that a callback records so late still have that effect.
 """
 
 from __future__ import annotations
