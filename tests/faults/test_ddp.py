@@ -66,9 +66,8 @@ def test_a_run_resumes_under_other_layouts(unbroken_ddp, from_step2):
     for layout, stop, ranks in ((PIPELINE, 4, 2), ((EP, *ULYSSES), 5, 2), ((), 6, 1)):
         assert from_step2(*layout, until(stop), ranks=ranks) == 0, from_step2.log
     metrics = read_metrics(from_step2.folder)
-    assert (
-        metrics[3]["train/load balancing loss"] > 0
-    )  # a pipeline's step; of the one that it saves last: docs/olmo_ddp.md
+    balancing = {step: metrics[step]["train/load balancing loss"] for step in (3, 4)}
+    assert min(balancing.values()) > 0, balancing  # in the step of a pipeline's save too
     found, wanted = losses(from_step2), losses(unbroken_ddp)
     assert list(found) == [3, 4, 5, 6]
     assert found[3] == wanted[3]  # a pipeline computes what one rank does, in the same order
