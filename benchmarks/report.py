@@ -38,6 +38,14 @@ def _runs(runs: list[Row]) -> list[str]:
     return [f"- Run {number}: {as_line(run)}" for number, run in enumerate(runs)]
 
 
+def _page(title: str, words: str, data: dict[str, Any], lines_of: Callable[[list[Row]], list[str]]) -> str:
+    """A report: where it was measured, what its words mean, and the lines of each setting."""
+    lines = [f"# {title}", "", *_runs(data["runs"]), words.rstrip()]
+    for setting in _unique(row["setting"] for row in data["rows"]):
+        lines += ["", f"## {setting}", "", *lines_of([row for row in data["rows"] if row["setting"] == setting])]
+    return "\n".join(lines) + "\n"
+
+
 @contextmanager
 def _panels(path: Path, n: int, height: float) -> Iterator[list[Any]]:
     """A figure with panels below one another, written when they are drawn: the same results give the same file."""
@@ -143,11 +151,7 @@ time alone by the number of its calls. MFU counts the pairs that are attended; `
 
 def training_markdown(data: dict[str, Any]) -> str:
     """The whole report: where it was measured, and one table a model and length."""
-    lines = ["# Training", "", *_runs(data["runs"]), _TRAINING_WORDS.rstrip()]
-    for setting in _unique(row["setting"] for row in data["rows"]):
-        lines += ["", f"## {setting}", ""]
-        lines += training_lines([row for row in data["rows"] if row["setting"] == setting])
-    return "\n".join(lines) + "\n"
+    return _page("Training", _TRAINING_WORDS, data, training_lines)
 
 
 def training_lines(rows: list[Row]) -> list[str]:
@@ -223,11 +227,7 @@ floating-point operations, the bound. `over transformers`: the time of transform
 
 def step_markdown(data: dict[str, Any]) -> str:
     """The whole report: where it was measured, and one table a setting."""
-    lines = ["# A training step on a CPU", "", *_runs(data["runs"]), _STEP_WORDS.rstrip()]
-    for setting in _unique(row["setting"] for row in data["rows"]):
-        lines += ["", f"## {setting}", ""]
-        lines += step_lines([row for row in data["rows"] if row["setting"] == setting])
-    return "\n".join(lines) + "\n"
+    return _page("A training step on a CPU", _STEP_WORDS, data, step_lines)
 
 
 def step_lines(rows: list[Row]) -> list[str]:
@@ -250,9 +250,10 @@ def step_lines(rows: list[Row]) -> list[str]:
 
 
 def step_plot(rows: list[Row], path: Path) -> None:
-    """A step's speed over dense by length, with its bound dashed: of the settings with the most tokens a step."""
-    most = max(row["tokens"] for row in rows)
-    mine = [row for row in rows if row["tokens"] == most and row["flops_per_token"]]
+    """A step's speed over dense by length, with its bound dashed: of the settings like the first with the most tokens."""
+    most = max(rows, key=lambda row: row["tokens"])
+    alike = ("tokens", "experts", "top_k", "threads")
+    mine = [row for row in rows if all(row[key] == most[key] for key in alike) and row["flops_per_token"]]
     dense = {row["N"]: row for row in mine if row["contender"] == "dense"}
     with _panels(path, 1, 4.0) as (axis,):
         for colour, mask in enumerate(_unique(row["contender"] for row in mine if row["contender"] != "dense")):
@@ -266,5 +267,7 @@ def step_plot(rows: list[Row], path: Path) -> None:
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xlabel("sequence length N")
         axis.set_ylabel("speed of a step over dense")
-        axis.set_title(f"{most:,} tokens a step")
+        axis.set_title(
+            f"{most['tokens']:,} tokens a step, {most['threads']} threads, experts {most['experts']}/{most['top_k']}"
+        )
         axis.legend(fontsize="small")

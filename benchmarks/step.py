@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,12 +27,13 @@ from spattn_olmoe import machine
 from spattn_olmoe.errors import quiet, whole
 from spattn_olmoe.patterns import find_variant
 
+if TYPE_CHECKING:
+    from spattn_olmoe.train import ExperimentConfig
+
 MASKS = ("dense", "sharing", "exclusive", "sliding_window")
 EXPERTS_PATHS = ("eager", "batched_mm", "grouped_mm")
 """How transformers computes experts, by the names that it takes."""
 
-WEIGHTS = 3 * 128 * 128
-"""Of one expert of the quickstart's model."""
 MOST_BYTES = 2**31
 
 Step = Callable[[], object]
@@ -105,21 +106,27 @@ def _ours(mask: str, setting: dict[str, Any]) -> tuple[Step, int]:
     from olmo_core.distributed import parallel
 
     from spattn_olmoe.model.flops import flops_per_token
-    from spattn_olmoe.train import load_experiment
 
-    N, tokens = setting["N"], setting["tokens"]
-    words = [
-        *find_variant(mask).overrides,
-        f"dataset.sequence_length={N}",
-        f"model.block.feed_forward_moe.num_experts={setting['experts']}",
-        f"model.block.feed_forward_moe.router.top_k={setting['top_k']}",
-        f"train_module.rank_microbatch_size={tokens}",
-        f"data_loader.global_batch_size={tokens}",
-    ]
-    config = load_experiment(ROOT / "configs/quickstart.yaml", words)
+    config = _experiment(setting, *find_variant(mask).overrides)
     model = config.model_with_attention()
     parallel._WORLD_MESH = None  # OLMo-core builds one model a process
-    return build_step(config, model, _ids(setting)[None]), flops_per_token(model.build(init_device="meta"), N).total
+    return build_step(config, model, _ids(setting)[None]), flops_per_token(
+        model.build(init_device="meta"), setting["N"]
+    ).total
+
+
+def _experiment(setting: dict[str, Any], *words: str) -> ExperimentConfig:
+    """The quickstart's, in a setting."""
+    from spattn_olmoe.train import load_experiment
+
+    shape = (
+        f"dataset.sequence_length={setting['N']}",
+        f"model.block.feed_forward_moe.num_experts={setting['experts']}",
+        f"model.block.feed_forward_moe.router.top_k={setting['top_k']}",
+        f"train_module.rank_microbatch_size={setting['tokens']}",
+        f"data_loader.global_batch_size={setting['tokens']}",
+    )
+    return load_experiment(ROOT / "configs/quickstart.yaml", [*words, *shape])
 
 
 def _ids(setting: dict[str, Any]) -> torch.Tensor:
@@ -129,9 +136,12 @@ def _ids(setting: dict[str, Any]) -> torch.Tensor:
 
 def _fastest_of_transformers(setting: dict[str, Any]) -> tuple[str, Step]:
     found = {}
+    model = _experiment(setting).model
+    block: Any = model.block
+    weights = 3 * model.d_model * block.feed_forward_moe.hidden_size  # of one expert
     for path in EXPERTS_PATHS:
         # batched_mm copies an expert's weights for every token that it is chosen for, forward and backward.
-        if path == "batched_mm" and (need := 4 * WEIGHTS * setting["tokens"] * setting["top_k"]) > MOST_BYTES:
+        if path == "batched_mm" and (need := 4 * weights * setting["tokens"] * setting["top_k"]) > MOST_BYTES:
             print(f"transformers {path}: left out, copies of weights would take {need / 2**30:.0f} GiB")
             continue
         try:
@@ -147,15 +157,8 @@ def _transformers(setting: dict[str, Any], experts: str) -> Step:
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
     from spattn_olmoe.model.hf.config import hf_config
-    from spattn_olmoe.train import load_experiment
 
-    words = [
-        "attention.type=standard",
-        f"dataset.sequence_length={setting['N']}",
-        f"model.block.feed_forward_moe.num_experts={setting['experts']}",
-        f"model.block.feed_forward_moe.router.top_k={setting['top_k']}",
-    ]
-    model_config = load_experiment(ROOT / "configs/quickstart.yaml", words).model_with_attention()
+    model_config = _experiment(setting, "attention.type=standard").model_with_attention()
     keys = hf_config(model_config, max_length=setting["N"], eos_token_id=0, pad_token_id=1, dtype="float32")
     model = OlmoeForCausalLM._from_config(
         OlmoeConfig(**keys), attn_implementation="sdpa", experts_implementation=experts

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from olmo_core.distributed.checkpoint import save_model_and_optim_state
-from olmo_core.nn.transformer import Transformer
+from olmo_core.nn.transformer import Transformer, TransformerConfig
 
 from spattn_olmoe.model import apply_remedies, with_attention
 from spattn_olmoe.model.checkpoint_files import write_checksums
 from spattn_olmoe.model.fingerprint import FILE_NAME, Fingerprint
+from spattn_olmoe.train import ExperimentConfig
 
 from .tiny import tiny, write_data
 
@@ -40,12 +41,18 @@ def write_checkpoint(folder: Path, section: dict[str, Any], n_kv_heads: int | No
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
             else:
                 parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_bytes((data / "tokenizer.json").read_bytes())
+    save(folder, experiment, config, model)
+    return model
+
+
+def save(folder: Path, experiment: ExperimentConfig, config: TransformerConfig, model: Transformer) -> None:
+    """Write the weights of an experiment's model as a complete checkpoint of no steps; checksums are of all that is there."""
     save_model_and_optim_state(folder / "model_and_optim", model)
     (folder / "train").mkdir()
     torch.save({}, folder / "train" / "rank0.pt")
     (folder / ".metadata.json").write_text('{"version": "3"}')
     (folder / "config.json").write_text(json.dumps(experiment.replace(model=config).as_config_dict()))
     (folder / FILE_NAME).write_text(Fingerprint.of(config).to_json())
-    (folder / "tokenizer.json").write_bytes((data / "tokenizer.json").read_bytes())
     write_checksums(folder, rank=0, ranks=1)
-    return model

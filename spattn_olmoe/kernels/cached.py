@@ -54,21 +54,15 @@ def cached_attention(
     if on_cpu:  # where looking costs nothing
         start = int(start) if isinstance(start, Tensor) and start.numel() == 1 else start
         leftpad = leftpad if leftpad is not None and leftpad.any() else None
-    unsuitable = {
-        "sdpa": None,
-        "cpu": _slices_unsuitable(q_BTHD, pattern, start),
-        "triton": _decode_unsuitable(q_BTHD, k_BSGD, v_BSGD, pattern),
-    }
     if impl == "auto":
         if on_cpu and T > 1 and isinstance(start, int) and start == 0 and leftpad is None:
             k, v = (x[:, :T].to(q_BTHD.dtype) for x in (k_BSGD, v_BSGD))
             return attention(q_BTHD, k, v, pattern, scale=scale, head_offset=head_offset)
         fast = "cpu" if on_cpu else "triton"
-        impl = fast if 0 < T <= DECODE_QUERIES and len(q_BTHD) and not unsuitable[fast] else "sdpa"
-    if impl not in unsuitable:
-        raise ValueError(f"impl={impl!r} is unknown (known: auto, {', '.join(unsuitable)})")
-    if unsuitable[impl]:
-        raise ValueError(f"impl={impl!r} {unsuitable[impl]}")
+        decoding = 0 < T <= DECODE_QUERIES and len(q_BTHD) > 0
+        impl = fast if decoding and not _unsuitable(fast, q_BTHD, k_BSGD, v_BSGD, pattern, start) else "sdpa"
+    elif reason := _unsuitable(impl, q_BTHD, k_BSGD, v_BSGD, pattern, start):
+        raise ValueError(f"impl={impl!r} {reason}")
     if impl == "sdpa":
         return _masked(q_BTHD, k_BSGD, v_BSGD, pattern, start, leftpad, scale, head_offset)
     if impl == "cpu":
@@ -162,6 +156,15 @@ def _slices(
             part = part.masked_fill(~mask.any(-1, keepdim=True), 0.0)
         out[:, :, at] = part.transpose(1, 2)
     return out
+
+
+def _unsuitable(impl: str, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, start: Tensor | int) -> str | None:
+    """Why an implementation cannot serve a call, as the end of a sentence; None where it can."""
+    if impl == "cpu":
+        return _slices_unsuitable(q, pattern, start)
+    if impl == "triton":
+        return _decode_unsuitable(q, k, v, pattern)
+    return None if impl == "sdpa" else "is unknown (known: auto, cpu, sdpa, triton)"
 
 
 def _slices_unsuitable(q: Tensor, pattern: Pattern, start: Tensor | int) -> str | None:

@@ -22,7 +22,7 @@ from .fingerprint import FILE_NAME, Fingerprint
 from .finite import first_non_finite
 from .remedies import apply_remedies
 from .section import layer_patterns, with_follows_input
-from .stack import Stack, stack_of
+from .stack import Stack, stated_stack
 from .stack_weights import StoredWeights
 from .unpickling import reading
 
@@ -72,7 +72,7 @@ class Checkpoint:
         config = read_checkpoint_config(path)
         model = _model(config["model"], f"{path}/config.json")
         _check_fingerprint(path, model)
-        stack_of(path)  # is one of those there are
+        stated_stack(config, f"{path}/config.json")  # is one of those there are
         opened = cls(path, config, model, _layers(model))
         return opened if follows_input is None else opened.with_follows_input(follows_input)
 

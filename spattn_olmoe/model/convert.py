@@ -24,13 +24,13 @@ from .hf.weights import same_bits
 from .lazy_save import described, save_lazily
 from .remedies import apply_remedies
 from .stack import DDPOptions, Stack, ddp_model
-from .stack_weights import StackWeights, counterpart, open_tensors, read_tensor
+from .stack_weights import KIND, StackWeights, counterpart, open_tensors, read_tensor
 from .unpickling import reading
 
 WEIGHT, MOMENTS, STEP = "weight", ("exp_avg", "exp_avg_sq"), "step"
 _KEYS = {
-    Stack.v1: {WEIGHT: "model.{}", **{kind: f"optim.state.{{}}.{kind}" for kind in (*MOMENTS, STEP)}},
-    Stack.ddp: {WEIGHT: "module.{}.main", **{kind: f"module.{{}}.{kind}" for kind in (*MOMENTS, STEP)}},
+    Stack.v1: {WEIGHT: "{}".join(KIND[Stack.v1]), **{kind: f"optim.state.{{}}.{kind}" for kind in (*MOMENTS, STEP)}},
+    Stack.ddp: {WEIGHT: "{}".join(KIND[Stack.ddp]), **{kind: f"module.{{}}.{kind}" for kind in (*MOMENTS, STEP)}},
 }
 """Where a checkpoint keeps what belongs to a weight."""
 

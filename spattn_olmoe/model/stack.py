@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,9 +60,14 @@ def stack_of(checkpoint: str) -> Stack:
     """
     path = f"{checkpoint.rstrip('/')}/config.json"
     try:
-        stated = read_json(cached_path(path), dict).get("stack", Stack.v1)
+        return stated_stack(read_json(cached_path(path), dict), path)
     except FileNotFoundError:
         return Stack.v1
+
+
+def stated_stack(config: Mapping[str, Any], path: str) -> Stack:
+    """:func:`stack_of` from the content of ``config.json``; ``path`` names it in errors."""
+    stated = config.get("stack", Stack.v1)
     if stated not in list(Stack):
         raise ValueError(f"{path}: stack is {stated!r}, which is none of {', '.join(Stack)}: restore the file")
     return Stack(stated)

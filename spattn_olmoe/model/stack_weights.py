@@ -124,18 +124,10 @@ class StoredWeights:
             self.sizes = found
             return
         self._weights = StackWeights.of(model)
-        for name, shape in self._weights.ddp.items():
-            numbers = torch.Size(shape).numel()
-            if name not in found:
-                raise ValueError(
-                    f"checkpoint {path} lacks the weight {name} {shape}: it is of another model, or incomplete"
-                )
-            if torch.Size(found[name]).numel() != numbers:
-                raise ValueError(f"checkpoint {path}: {name} has {found[name]} numbers but the config asks for {shape}")
-        if surplus := sorted(found.keys() - self._weights.ddp.keys()):
-            raise ValueError(
-                f"checkpoint {path} has a weight that the model does not: {surplus[0]} ({len(surplus)} in all)"
-            )
+        wanted = self._weights.ddp
+        numbers = {name: torch.Size(shape).numel() for name, shape in wanted.items()}
+        shaped = {n: wanted[n] if torch.Size(size).numel() == numbers.get(n) else size for n, size in found.items()}
+        require_weights(shaped, wanted, f"checkpoint {path}")  # they are stored flat
         self.sizes = self._weights.v1
 
     def read(self, name: str) -> Tensor:
@@ -156,6 +148,17 @@ class StoredWeights:
     def _stored(self, name: str) -> Tensor:
         before, after = self._before_after
         return read_tensor(self.folder, self._metadata, f"{before}{name}{after}")
+
+
+def require_weights(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], where: str) -> None:
+    """Raise at the first weight that is missing, surplus or of another shape."""
+    for name, size in wanted.items():
+        if name not in found:
+            raise ValueError(f"{where} lacks the weight {name} {size}: it is of another model, or incomplete")
+        if found[name] != size:
+            raise ValueError(f"{where}: {name} has shape {found[name]} but the config asks for {size}")
+    if surplus := sorted(found.keys() - wanted.keys()):
+        raise ValueError(f"{where} has a weight that the model does not: {surplus[0]} ({len(surplus)} in all)")
 
 
 def open_tensors(path: str) -> tuple[str, Metadata]:

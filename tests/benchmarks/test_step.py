@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+from benchmarks import report
 from benchmarks.tiny_run import ROOT, training_environment
 
 
@@ -37,3 +38,8 @@ def test_decoding_behind_a_short_context(tmp_path):
     dense, exclusive = json.loads(path.read_text())["rows"]
     assert dense["over_dense"] == 1
     assert dense["cache_bytes"] == exclusive["cache_bytes"] == 4 * 2 * (64 + 8) * 512 * 4  # layers, k and v, float32
+
+
+def test_the_report_is_that_of_its_results():
+    path = ROOT / "benchmarks/results/cpu/step.json"
+    assert report.step_markdown(json.loads(path.read_text())) == path.with_suffix(".md").read_text()

@@ -5,20 +5,17 @@ Float32 shows it to rounding; pipelines compute in bfloat16 only, and are what o
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from olmo_core.distributed.checkpoint import save_model_and_optim_state
 
 from benchmarks.layouts import DDP_LAYOUTS, DDP_STACK, FOUR_LAYERS, SMOOTH, difference, train
 from benchmarks.tiny import tiny, write_data
+from benchmarks.tiny_checkpoint import save
 from spattn_olmoe.model import apply_remedies
 from spattn_olmoe.model.checkpoint import Checkpoint
-from spattn_olmoe.model.checkpoint_files import write_checksums
 from spattn_olmoe.model.convert import convert
-from spattn_olmoe.model.fingerprint import FILE_NAME, Fingerprint
 from spattn_olmoe.model.stack import Stack
 from spattn_olmoe.patterns import VARIANTS
 
@@ -38,13 +35,7 @@ def starts(tmp_path_factory: pytest.TempPathFactory) -> dict[Stack, Path]:
         for parameter in model.parameters():
             parameter.normal_(0.0 if parameter.dim() > 1 else 1.0, 0.1, generator=generator)
     v1 = folder / "v1" / "step0"
-    save_model_and_optim_state(v1 / "model_and_optim", model)
-    (v1 / "train").mkdir()
-    torch.save({}, v1 / "train" / "rank0.pt")
-    (v1 / ".metadata.json").write_text('{"version": "3"}')
-    (v1 / "config.json").write_text(json.dumps(config.replace(model=described).as_config_dict()))
-    (v1 / FILE_NAME).write_text(Fingerprint.of(described).to_json())
-    write_checksums(v1, rank=0, ranks=1)
+    save(v1, config, described, model)
     convert(Checkpoint.open(v1), folder / "ddp" / "step0", Stack.ddp)
     return {Stack.v1: v1, Stack.ddp: folder / "ddp" / "step0"}
 

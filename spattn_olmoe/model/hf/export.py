@@ -25,6 +25,7 @@ from ...json_files import read_json
 from ...patterns import Pattern, build_pattern
 from ...serving import modeling_spattn_olmoe
 from ..checkpoint import Checkpoint
+from ..stack_weights import require_weights
 from .card import model_card
 from .config import MODELING_FILE, hf_config
 from .weights import Shape, same_bits, split
@@ -81,17 +82,6 @@ def reader(checkpoint: Checkpoint, shape: Shape) -> Callable[[str], Tensor]:
     weights = checkpoint.weights()
     require_weights(weights.sizes, shape.core(), f"checkpoint {checkpoint.path}")
     return weights.read
-
-
-def require_weights(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], where: str) -> None:
-    """Raise at the first weight that is missing, surplus or of another shape."""
-    for name, size in wanted.items():
-        if name not in found:
-            raise ValueError(f"{where} lacks the weight {name} {size}: it is of another model, or incomplete")
-        if found[name] != size:
-            raise ValueError(f"{where}: {name} has shape {found[name]} but the config asks for {size}")
-    if surplus := sorted(found.keys() - wanted.keys()):
-        raise ValueError(f"{where} has a weight that the model does not: {surplus[0]} ({len(surplus)} in all)")
 
 
 @contextlib.contextmanager

@@ -15,8 +15,9 @@ from ..checkpoint_files import write_checksums
 from ..fingerprint import FILE_NAME, Fingerprint
 from ..lazy_save import described, save_lazily
 from ..section import BASELINE, with_attention
+from ..stack_weights import require_weights
 from .config import hf_config, require_same_model
-from .export import Published, complete_or_absent, read_config, require_weights
+from .export import Published, complete_or_absent, read_config
 from .weights import Shape
 
 
