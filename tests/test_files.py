@@ -144,7 +144,7 @@ def test_an_integer_beyond_all_floats_is_no_number() -> None:
         check_ranges({"a": 10**400})
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "nan", "2.5", "", "9" * 5000, "x"])
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "2.5", " ", "9" * 5000, "x"])
 def test_a_number_of_the_command_line_is_bounded_and_refused_in_one_line(
     text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -56,7 +56,7 @@ def test_decoding_asks_for_no_value(monkeypatch):
     pattern = build_pattern("spattention", n_heads=8, band_length=4096, local_sharing=True)
     monkeypatch.setattr(cached, "triton_unsuitable", lambda *_: None)
     with FakeTensorMode():
-        q, cache = torch.empty(3, 1, 8, 64), torch.empty(3, 4096, 2, 64)
-        start, leftpad = torch.tensor([4095, 17, 2000]), torch.tensor([0, 3, 1999])
+        q, cache = torch.empty(3, 1, 8, 64, device="cuda"), torch.empty(3, 4096, 2, 64, device="cuda")
+        start, leftpad = torch.empty(2, 3, dtype=torch.long, device="cuda")
         out = cached_attention(q, cache, cache, pattern, start=start, leftpad=leftpad, impl="triton")
         assert out.shape == q.shape
