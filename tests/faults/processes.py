@@ -152,6 +152,7 @@ def _ranks(n: int) -> list[dict[str, str]]:
 
 def train(argv: list[str], env: dict[str, str], output: Path) -> None:
     """``python scripts/train.py ...`` in this process."""
+    assert "spattn_olmoe.train.run" in sys.modules  # multiprocessing passes over a preload that cannot be imported
     _alone(output, env)
     sys.argv = argv
     try:
