@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -199,36 +201,51 @@ def _one_line(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: {first_line(error)}") from error
 
 
+@dataclasses.dataclass
+class _Followed:
+    """What references have led to so far: how many there were, and how much text they put in place."""
+
+    references: int = 0
+    characters: int = 0
+
+
+_followed: ContextVar[_Followed | None] = ContextVar("followed", default=None)
+
+
 @contextlib.contextmanager
 def _bounded_references() -> Iterator[None]:
     """Let references (``${...}``) be followed so many times and put so much text in place, and no more, while it lasts.
 
-    A text that refers twice to one that refers twice, and so on, doubles with every line. OmegaConf has no bound of its
-    own, but two methods that all references go through: those to keys, and all that is made of a text with some in it.
+    A text that refers twice to one that refers twice, and so on, doubles with every line. OmegaConf has no bound of its own.
     """
-    stock = {name: getattr(Container, name) for name in ("_resolve_node_interpolation", "resolve_parse_tree")}
-    followed = characters = 0
-
-    def counting(method: Any) -> Any:
-        def counted(self: Container, *args: Any, **kwargs: Any) -> Any:
-            nonlocal followed, characters
-            followed += 1
-            found = method(self, *args, **kwargs)
-            value = found._value() if isinstance(found, Node) else found
-            characters += len(value) if isinstance(value, str) else 0
-            if followed > _MOST_REFERENCES or characters > _MOST_CHARACTERS:
-                raise ValueError(f"its references (${{...}}) lead to more than {_MOST_REFERENCES} others")
-            return found
-
-        return counted
-
-    for name, method in stock.items():
-        setattr(Container, name, counting(method))
+    token = _followed.set(_Followed())
     try:
         yield
     finally:
-        for name, method in stock.items():
-            setattr(Container, name, method)
+        _followed.reset(token)
+
+
+def _counting(method: Any) -> Any:
+    @functools.wraps(method)
+    def counted(self: Container, *args: Any, **kwargs: Any) -> Any:
+        so_far = _followed.get()
+        if so_far is None:
+            return method(self, *args, **kwargs)
+        so_far.references += 1
+        found = method(self, *args, **kwargs)
+        value = found._value() if isinstance(found, Node) else found
+        so_far.characters += len(value) if isinstance(value, str) else 0
+        if so_far.references > _MOST_REFERENCES or so_far.characters > _MOST_CHARACTERS:
+            raise ValueError(f"its references (${{...}}) lead to more than {_MOST_REFERENCES} others")
+        return found
+
+    return counted
+
+
+# All references go through these two: those to keys, and all that is made of a text with some in it. Exchanged once and for
+# all, as threads that read at the same time could not put the methods back in order.
+for _name in ("_resolve_node_interpolation", "resolve_parse_tree"):
+    setattr(Container, _name, _counting(getattr(Container, _name)))
 
 
 def _problem(error: OmegaConfBaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pytest
@@ -117,3 +118,13 @@ def test_a_file_that_cannot_be_read_is_one_line(file, content, said):
 def test_a_word_below_a_reference_changes_that_section_alone(file):
     file.write_text("a: {size: 1, id: 7}\nb: {own: '${a}'}")
     assert read(file, ["b.own.size=2"]) == {"a": {"size": 1, "id": 7}, "b": {"own": {"size": 2, "id": 7}}}
+
+
+def test_what_is_read_in_threads_at_once_is_bounded_each_by_itself(tmp_path):
+    """References that one reader has followed do not count for another, whichever ends first."""
+    file = tmp_path / "many.yaml"
+    file.write_text("a: x\nb: [" + ", ".join(["'${a}'"] * 900) + "]\n")
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: read(file), range(12)):
+            assert found["b"] == ["x"] * 900
+    assert read(file)["a"] == "x"
