@@ -8,6 +8,7 @@ from . import (
     async_save_metric,
     cancellation,
     cpu_moe,
+    cpu_passes,
     ddp_optimizer_dtypes,
     ddp_permutation,
     ddp_without_cuda,
@@ -22,6 +23,7 @@ from .release import TESTED_RELEASE
 
 REMEDIES = (
     cpu_moe,
+    cpu_passes,
     expert_loop,
     grouped_gemm,
     expert_gradients,
