@@ -190,10 +190,12 @@ def _training_environment() -> Iterator[None]:
     from olmo_core.train import prepare_training_environment, teardown_training_environment
 
     from spattn_olmoe.model import apply_remedies
+    from spattn_olmoe.train.allocator import keep_freed_memory
 
     threads = torch.get_num_threads()
     quiet()
     apply_remedies()
+    keep_freed_memory()
     prepare_training_environment(seed=0, backend="gloo", shared_filesystem=True)
     torch.set_num_threads(threads)
     try:

@@ -28,6 +28,7 @@ from ..model.stack import Stack, require_stack
 from ..model.unpickling import reading
 from ..patterns.head_order import NATURAL
 from . import ddp, output
+from .allocator import keep_freed_memory
 from .checkpoints import CheckpointFiles
 from .config import ExperimentConfig
 from .dry_run import in_a_line
@@ -61,6 +62,8 @@ def prepare(config: ExperimentConfig, *, verify_data: bool = False, verbose: boo
         raise ValueError(f"trainer.load_path={there}: there is no such folder")
     output.begin(verbose=verbose)
     apply_remedies()
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     prepare_training_environment(
         seed=config.init_seed, backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     )
