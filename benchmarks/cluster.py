@@ -30,7 +30,7 @@ from benchmarks.tiny import BASE, ROOT, TINY, run_overrides, write_data
 from spattn_olmoe import machine
 from spattn_olmoe.train.metrics import curve, last_step
 
-STEPS = 900
+STEPS = 400
 PATIENCE = 900.0
 """Seconds to wait for anything."""
 PROFILE = {

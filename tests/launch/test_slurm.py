@@ -154,6 +154,14 @@ def pause(folder: Path, *steps: int) -> str:
     return inject("Pause", steps=list(steps), folder=folder / "pauses")
 
 
+def preempt(cluster: SlurmCluster, job: Job) -> str:
+    """Submit a job that takes all machines, and wait until Slurm has told the one that must give way."""
+    options = ["--parsable", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=true"]
+    high = cluster.run("sbatch", *options).strip()
+    job.until(lambda: cluster.job(job.id).get("PreemptTime", "None") != "None", "preemption")
+    return high
+
+
 def test_a_run_that_everything_happens_to_ends_with_the_losses_of_one_that_nothing_happens_to(
     cluster: SlurmCluster, submit_folder: Path
 ):
@@ -175,10 +183,7 @@ def test_a_run_that_everything_happens_to_ends_with_the_losses_of_one_that_nothi
     job.requeued(1)
 
     job.until_paused(5)  # preemption without a user signal
-    high = cluster.run(
-        "sbatch", "--parsable", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=true"
-    ).strip()
-    job.until(lambda: cluster.job(job.id).get("PreemptTime", "None") != "None", "preemption")
+    high = preempt(cluster, job)
     job.resume(5)
     job.until_log("preempted: back into the queue")
     assert job.steps()[-1] == 5
@@ -222,6 +227,7 @@ def test_stopping_saves_and_ends_it_and_meanwhile_a_second_submission_is_refused
     second.until_state("FAILED")
     assert cluster.job(second.id)["ExitCode"] == "2:0"
     assert f"error: {job.run} is in use: job {job.id}, process " in second.log
+    assert (job.run / "heartbeat").exists()  # without it the first would be taken for one that hangs
 
     cluster.run("scancel", "--signal=TERM", job.id)
     job.resume(22)
@@ -283,6 +289,14 @@ def test_a_wrong_config_is_not_tried_again_and_its_exit_code_is_kept(cluster: Sl
     assert "model.n_layer is not a key" in job.log and "Traceback" not in job.log
 
 
+def test_preempted_while_its_nodes_are_checked_it_goes_back_into_the_queue(cluster: SlurmCluster, submit_folder: Path):
+    job = Job(cluster, submit_folder, "early", options=("--nodes=1", "--export=ALL,SPATTN_SAVE_FOLDER=early"))
+    job.until(lambda: f"{job.id}.0" in cluster.run("squeue", "--steps", "--noheader", "--format=%i"), "its check")
+    preempt(cluster, job)
+    job.until_log("preempted: back into the queue")
+    job.until(lambda: cluster.job(job.id)["Restarts"] == "1", "the queue")
+
+
 def test_a_rank_that_hangs_is_noticed_its_stacks_are_written_and_the_job_ends_as_after_a_crash(
     cluster: SlurmCluster, submit_folder: Path
 ):
@@ -310,6 +324,14 @@ def job_nodes(cluster: SlurmCluster, job: str) -> list[str]:
 def test_shellcheck_finds_nothing():
     done = subprocess.run(["shellcheck", str(SCRIPT)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_no_signal_meets_bash_while_it_reads_a_command_inside_a_word():
+    """A trap that runs while bash 5.2 expands ``"$(...)"``, ``$(($(...)))`` or ``<(...)`` is a syntax error."""
+    commands = [line for line in SCRIPT.read_text().splitlines() if not line.lstrip().startswith("#")]
+    with_commands = [line.strip() for line in commands if re.search(r"[$<>]\((?!\()|`", line)]
+    assert len(with_commands) > 10
+    assert [line for line in with_commands if not re.match(r"\w+=\$\([^()]*\)( #.*)?$", line)] == []
 
 
 def test_the_ranks_may_take_as_long_to_save_as_slurm_gives_notice():
