@@ -34,9 +34,10 @@ def main() -> None:
             for run in runs:
                 print(scheduler.job_script(profile, run))
             return
-        scripts = [run.write(profile, scheduler.FILE, scheduler.job_script(profile, run)) for run in runs]
-        for run, script in zip(runs, scripts, strict=True):  # all are checked before one is submitted
+        for run in runs:  # before anything is written: the folder may be that of a job that waits
             scheduler.check_queue(run)
+        scripts = [run.write(profile, scheduler.FILE, scheduler.job_script(profile, run)) for run in runs]
+        for script in scripts:  # all are checked before one is submitted
             scheduler.check_job(script)
         for run, script in zip(runs, scripts, strict=True):
             print(scheduler.how_to(run, scheduler.submit(script)), flush=True)

@@ -8,15 +8,13 @@ import socket
 import statistics
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from olmo_core.distributed.utils import all_gather_object, get_rank, get_world_size
-from olmo_core.io import is_url
-from olmo_core.train import Trainer
 from olmo_core.train.callbacks import Callback
 
+from .metrics import run_folder
 from .parts import model_parts
 
 log = logging.getLogger(__name__)
@@ -25,11 +23,6 @@ HEARTBEAT_FILE = "heartbeat"
 STACKS_FOLDER = "stacks"
 SLOWEST_METRIC = "throughput/slowest rank"
 BEHIND_METRIC = "throughput/slowest rank behind the median (%)"
-
-
-def local_folder(trainer: Trainer) -> Path:
-    """The run's folder on a file system: beside the checkpoints, or the working directory where those go to a URL."""
-    return trainer.work_dir if is_url(trainer.save_folder) else Path(trainer.save_folder)
 
 
 @dataclass
@@ -55,9 +48,10 @@ class Heartbeat(Callback):
     def pre_train(self) -> None:
         if not self.enabled:
             return
-        folder = local_folder(self.trainer) / STACKS_FOLDER
+        folder = run_folder(self.trainer) / STACKS_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        self._stacks = (folder / f"rank{get_rank()}.txt").open("w")
+        self._stacks = (folder / f"rank{get_rank()}.txt").open("a")  # those of a hang are read when the run is back
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} started on {socket.gethostname()}", file=self._stacks, flush=True)
         self._beat()
 
     def post_step(self) -> None:
@@ -73,7 +67,7 @@ class Heartbeat(Callback):
         if self._stacks is not None:
             faulthandler.dump_traceback_later(self.stacks_after, file=self._stacks)
             if get_rank() == 0:
-                (local_folder(self.trainer) / HEARTBEAT_FILE).touch()
+                (run_folder(self.trainer) / HEARTBEAT_FILE).touch()
 
 
 @dataclass

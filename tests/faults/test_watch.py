@@ -18,11 +18,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def test_stacks_of_all_ranks_where_one_hangs(new_run: Callable[..., Run], tmp_path):
     run = new_run(inject("Pause", steps=[3], folder=tmp_path), "trainer.callbacks.heartbeat.stacks_after=2")
     stacks = {run.folder / "stacks/rank0.txt": "injected.py", run.folder / "stacks/rank1.txt": "in train_batch"}
+    (run.folder / "stacks").mkdir(parents=True)
+    (run.folder / "stacks/rank0.txt").write_text("of an earlier start\n")
     with run.started(ranks=2) as processes:  # rank 0 hangs in the fault, and rank 1 waits for it
         run.until(lambda: all(p.exists() and words in p.read_text() for p, words in stacks.items()), processes[0])
         beaten = (run.folder / "heartbeat").stat().st_mtime
         assert beaten < min(path.stat().st_mtime for path in stacks)
-    assert "in pre_step" in (run.folder / "stacks/rank0.txt").read_text()
+    written = (run.folder / "stacks/rank0.txt").read_text()
+    assert "in pre_step" in written and written.startswith("of an earlier start\n")
 
 
 def test_a_slow_rank_is_named_with_its_host(new_run: Callable[..., Run]):
