@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from benchmarks import arguments
-from benchmarks.training_step import ROOT
 from spattn_olmoe import machine
+from spattn_olmoe.commands import ROOT
 from spattn_olmoe.errors import quiet, whole
 from spattn_olmoe.patterns import find_variant
 from spattn_olmoe.tables import table
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(masks: list[str], N: int, rounds: int) -> list[dict[str, Any]]:
-    """The least seconds a token behind a context of ``N`` tokens."""
+    """The least seconds of a token after a context of ``N`` tokens."""
     decoders = {mask: decoder(mask, N) for mask in masks}
     least = dict.fromkeys(masks, float("inf"))
     for _ in range(rounds):
@@ -69,7 +69,7 @@ def measure(masks: list[str], N: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def decoder(mask: str, N: int) -> tuple[Callable[[], None], int]:
-    """A call that decodes :data:`TOKENS` tokens behind ``N``, and the bytes of its cache."""
+    """A call that decodes :data:`TOKENS` tokens after ``N``, and the bytes of its cache."""
     from spattn_olmoe.train import load_experiment
 
     words = [*find_variant(mask).overrides, "model.d_model=512", f"dataset.sequence_length={N}"]

@@ -23,9 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from spattn_olmoe import machine
-from spattn_olmoe.commands import train_command
-
-ROOT = Path(__file__).resolve().parents[1]
+from spattn_olmoe.commands import ROOT, train_command
 
 
 class Part(NamedTuple):

@@ -119,9 +119,7 @@ def filled(page: str, data: dict[str, Any]) -> str:
     """The page with its tables made anew, each between two comments that name it."""
     for name, text in {
         "layouts": _layouts(data["layouts"]),
-        "refused": table(
-            ["layout", "what a run says"], [[row["layout"], row["reason"]] for row in data["refused"]], "l"
-        ),
+        "refused": table(["layout", "error message"], [[row["layout"], row["reason"]] for row in data["refused"]], "l"),
         "local_batch": _differences(data["local_batch"], ("ranks", "layout")),
         "resumed": _differences(data["resumed"], ("run",)),
         "head_order": head_order_table(),

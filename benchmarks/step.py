@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +21,9 @@ import torch
 
 from benchmarks import arguments, report
 from benchmarks.attention import Store
-from benchmarks.training_step import ROOT, build_step
+from benchmarks.training_step import build_step, one_rank
 from spattn_olmoe import machine
+from spattn_olmoe.commands import ROOT
 from spattn_olmoe.errors import quiet, whole
 from spattn_olmoe.patterns import find_variant
 
@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
         if args.top_k > args.experts:
             raise ValueError(f"--top-k {args.top_k}: must be at most --experts {args.experts}")
         store = Store(args.results, machine.describe("cpu"))
-        with _training_environment():
+        quiet()
+        with one_rank(seed=0, device="cpu"):
             for N in args.lengths:
                 rows = measure(args, N)
                 store.add(rows[0]["setting"], rows)
@@ -182,23 +183,3 @@ def _seconds(step: Step) -> float:
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
-
-
-@contextmanager
-def _training_environment() -> Iterator[None]:
-    """One rank, as ``scripts/train.py`` has it, with as many threads as this process had."""
-    from olmo_core.train import prepare_training_environment, teardown_training_environment
-
-    from spattn_olmoe.model import apply_remedies
-    from spattn_olmoe.train.allocator import keep_freed_memory
-
-    threads = torch.get_num_threads()
-    quiet()
-    apply_remedies()
-    keep_freed_memory()
-    prepare_training_environment(seed=0, backend="gloo", shared_filesystem=True)
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        teardown_training_environment()

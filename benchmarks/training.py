@@ -26,8 +26,9 @@ import torch
 
 from benchmarks import arguments, report
 from benchmarks.attention import Store
-from benchmarks.training_step import ROOT, Job
+from benchmarks.training_step import Job
 from spattn_olmoe import machine
+from spattn_olmoe.commands import ROOT
 from spattn_olmoe.patterns import find_variant
 
 log = logging.getLogger(__name__)

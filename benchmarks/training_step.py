@@ -13,14 +13,15 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from spattn_olmoe.commands import ROOT
 
 SYNCHRONISING = (
     *("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
@@ -51,9 +52,6 @@ class Job:
 
 def run(job: Job) -> dict[str, Any]:
     """Times, memory and counts of a job."""
-    from olmo_core.train import prepare_training_environment, teardown_training_environment
-
-    from spattn_olmoe.model import apply_remedies
     from spattn_olmoe.train import load_experiment
 
     tokens = job.sequences * job.N
@@ -66,12 +64,27 @@ def run(job: Job) -> dict[str, Any]:
             f"data_loader.global_batch_size={tokens * job.microbatches}",
         ],
     )
-    apply_remedies()
-    prepare_training_environment(
-        seed=config.init_seed, backend="cpu:gloo,cuda:nccl" if job.device == "cuda" else "gloo", shared_filesystem=True
-    )
-    try:
+    with one_rank(config.init_seed, job.device):
         return _measure(job, config)
+
+
+@contextmanager
+def one_rank(seed: int, device: str) -> Iterator[None]:
+    """The process as ``scripts/train.py`` has it on one rank, with as many threads as it had before."""
+    from olmo_core.train import prepare_training_environment, teardown_training_environment
+
+    from spattn_olmoe.model import apply_remedies
+    from spattn_olmoe.train.allocator import keep_freed_memory
+
+    threads = torch.get_num_threads()
+    apply_remedies()
+    if device == "cpu":
+        keep_freed_memory()
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    prepare_training_environment(seed=seed, backend=backend, shared_filesystem=True)
+    torch.set_num_threads(threads)
+    try:
+        yield
     finally:
         teardown_training_environment()
 

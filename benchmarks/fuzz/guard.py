@@ -24,9 +24,9 @@ from typing import Any
 
 import yaml
 
+from spattn_olmoe.commands import ROOT
 from spattn_olmoe.train.ranges import RANGES
 
-ROOT = Path(__file__).parents[2]
 SECONDS = 20.0
 """Of processor time, so that a busy machine makes no hang; of sleep, three times as long."""
 MEGABYTES = 3000

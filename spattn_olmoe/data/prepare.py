@@ -53,7 +53,7 @@ Report = Callable[[Progress, float | None], None]
 
 
 def prepare(config: DataConfig, report: Report | None = None) -> Manifest:
-    """Write a corpus's shards and manifest, going on from where an earlier run stopped.
+    """Write a corpus's shards and manifest, continuing where an earlier run stopped.
 
     :param report: called after every chunk, for a progress bar.
     :returns: the manifest; at once where the corpus is complete already.

@@ -53,10 +53,9 @@ def summary_table(manifest: Manifest) -> Table:
     rows: list[tuple[str, str]] = []
     for split in ("train", "validation"):
         count = manifest.count(split)
-        shards = sum(shard.split == split for shard in manifest.shards)
-        rows.append(
-            (split, f"{count.tokens:,} tokens, {count.documents:,} documents, {shards} shards of {manifest.dtype}")
-        )
+        n = sum(shard.split == split for shard in manifest.shards)
+        shards = f"{n} {'shard' if n == 1 else 'shards'} of {manifest.dtype}"
+        rows.append((split, f"{count.tokens:,} tokens, {count.documents:,} documents, {shards}"))
     rows += [
         ("text", f"{s['text_bytes']:,} bytes, {s['text_bytes'] / max(1, s['tokens']):.2f} a token"),
         ("mean length", f"{s['tokens'] / max(1, s['documents']):,.1f} tokens"),
@@ -69,7 +68,7 @@ def summary_table(manifest: Manifest) -> Table:
     for key, value in rows:
         table.add_row(key, value)
     for i, source in enumerate(manifest.sources):
-        table.add_row(f"source {i}", _source(manifest, source))
+        table.add_row(escape(f"sources[{i}]"), _source(manifest, source))
     return table
 
 
@@ -98,7 +97,8 @@ def _source(manifest: Manifest, source: dict[str, Any]) -> str:
 
 
 def _counts(progress: Progress, rate: float) -> str:
-    return f"{progress.documents:,} documents  {progress.tokens:,} tokens  {rate:,.0f} tokens/s"
+    speed = f"  {rate:,.0f} tokens/s" if rate else ""  # not known at the first line
+    return f"{progress.documents:,} documents  {progress.tokens:,} tokens{speed}"
 
 
 class _Rate:

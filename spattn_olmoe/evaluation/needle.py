@@ -35,7 +35,7 @@ PLACES = (0.1, 0.5, 0.9)
 class Needle:
     """What goes into one sequence, in tokens.
 
-    :param line: before the number; ``after``: behind it. :param question: at the end of the text.
+    :param line: before the number; ``after``: after it. :param question: at the end of the text.
     :param number: the number that is asked for, and ``other``, as long, the one that the line holds in comparison.
     """
 
@@ -46,7 +46,7 @@ class Needle:
     other: list[int]
 
     def text(self, ids: np.ndarray, distance: int, number: list[int]) -> list[int]:
-        """``ids`` with the needle, as long as before: the question's last token stands ``distance`` behind the number's first."""
+        """``ids`` with the needle, as long as before: the question's last token stands ``distance`` after the number's first."""
         last = len(ids) - len(self.number) - 1  # of the question
         first = last - distance - len(self.line)
         written = [*self.line, *number, *self.after]

@@ -15,8 +15,6 @@ from ..text import inline, inlined
 from .compare import NO_DIFFERENCE, Difference, average, columns_of
 from .suites import SUITES, implied_stderr
 
-Cell = tuple[float, float | None]
-
 
 def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     """One row for each score of a table: label, task, shots, metric, value, stderr, n, chance."""

@@ -1,8 +1,8 @@
 """Which distances information can travel in L layers, exactly, from the masks alone.
 
-In one layer a token hears of the tokens that some head attends, and of itself through the residual stream. Over layers
-these relations are composed: what is reachable in L layers is a product of L matrices. Nothing is trained; what a model
-makes of a path is another question, but what has no path cannot be learnt.
+In one layer information reaches a token from the tokens that some head attends, and from itself through the residual
+stream. Over layers these relations are composed: what is reachable in L layers is a product of L matrices. Nothing is
+trained; what a model makes of a path is another question, but what has no path cannot be learnt.
 """
 
 from __future__ import annotations

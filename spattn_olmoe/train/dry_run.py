@@ -73,7 +73,7 @@ def run_table(config: ExperimentConfig) -> Table:
 
 
 def stack_rows(config: ExperimentConfig) -> list[tuple[str, str]]:
-    """What the stack ``ddp`` does otherwise than v1; nothing for v1."""
+    """How the stack ``ddp`` differs from v1; nothing for v1."""
     if config.stack != Stack.ddp:
         return []
     block, ep = config.model.block, config.ddp.ep

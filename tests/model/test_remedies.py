@@ -38,6 +38,11 @@ def test_another_release_is_left_alone(monkeypatch, remedy):
         assert words in message
 
 
+def test_the_page_names_every_remedy():
+    page = (Path(__file__).parents[2] / "docs/olmo_core_bugs.md").read_text()
+    assert not [remedy for remedy in REMEDIES if f"`{remedy.__name__.rpartition('.')[2]}`" not in page]
+
+
 def test_applying_twice_is_applying_once():
     apply_remedies()
     before = DroplessMoEMLP.gmm, DroplessMoEMLP.apply_ep, MoELinearRouter.get_expert_logits, cpu_moe.ops.gather

@@ -5,7 +5,6 @@ OLMo-core no longer needs it.
 """
 
 from . import (
-    async_save_metric,
     cancellation,
     cpu_moe,
     cpu_passes,
@@ -16,6 +15,7 @@ from . import (
     expert_loop,
     grouped_gemm,
     held_out_loss,
+    late_metrics,
     router_gradients,
     unpickling,
 )
@@ -30,7 +30,7 @@ REMEDIES = (
     router_gradients,
     held_out_loss,
     cancellation,
-    async_save_metric,
+    late_metrics,
     unpickling,
     ddp_permutation,
     ddp_without_cuda,

@@ -1,4 +1,4 @@
-"""Ranks reduce the same metrics, whenever an asynchronous save ends.
+"""Metrics that come late are not recorded, so that all ranks reduce the same ones.
 
 OLMo-core records how long an asynchronous save took from the thread that saved, at whichever step its rank has reached by
 then. Where that is another step on another rank, or after its last, the ranks reduce different metrics: one waits for a
