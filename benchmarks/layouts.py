@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tiny import BASE, TINY, T, run_overrides, torchrun, write_data, write_json
+import torch
+
+from benchmarks.tiny import BASE, TINY, T, run_overrides, tiny, torchrun, write_data, write_json
+from benchmarks.tiny_checkpoint import save
+from spattn_olmoe.model import apply_remedies
+from spattn_olmoe.model.checkpoint import Checkpoint
+from spattn_olmoe.model.convert import convert
+from spattn_olmoe.model.stack import Stack
 from spattn_olmoe.patterns import VARIANTS
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
@@ -90,19 +98,48 @@ DDP_STACK = ("stack=ddp", *DDP, "train_module.dp_config.param_dtype=bfloat16")
 FOUR_LAYERS = "model.n_layers=4"
 
 
+def experts(degree: int) -> tuple[str, ...]:
+    return (f"train_module.ep_config.degree={degree}",)
+
+
 def pipeline(schedule: str) -> tuple[str, ...]:
     return "train_module.pp_config.degree=2", f"train_module.pp_config.schedule={schedule}"
 
 
-DDP_LAYOUTS: dict[str, tuple[str, ...]] = {
-    "ddp": (),
-    "ddp+ep": ("train_module.ep_config.degree=2",),
-    "ddp+ulysses": ulysses(2),
-    "ddp+ep+ulysses": ("train_module.ep_config.degree=2", *ulysses(2)),
-    "pipeline": pipeline("CustomInterleaved1F1B"),
-    "pipeline, V": pipeline("Custom1F1BV"),
+V = pipeline("Custom1F1BV")
+
+DDP_LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
+    1: {
+        "ddp": (),
+        "ddp, recomputing blocks": ("ddp.recompute_each_block=true",),
+    },
+    2: {
+        "ddp": (),
+        "ddp+ep": experts(2),
+        "ddp+ulysses": ulysses(2),
+        "ddp+ep+ulysses": (*experts(2), *ulysses(2)),
+        "ddp+ep, recomputing blocks": (*experts(2), "ddp.recompute_each_block=true"),
+        "pipeline": pipeline("CustomInterleaved1F1B"),
+        "pipeline, V": V,
+        "pipeline, V, recomputing blocks": (*V, "ddp.recompute_each_block=true"),
+    },
+    4: {
+        "ddp": (),
+        "ddp+ep 2x2": experts(2),
+        "ddp+ep 1x4": experts(4),
+        "ddp+ulysses 2x2": ulysses(2),
+        "ddp+ep+ulysses, experts over 2": (*experts(2), *ulysses(2)),
+        "ddp+ep+ulysses, experts over 4": (*experts(4), *ulysses(2)),
+        "pipeline+ddp 2x2": pipeline("CustomInterleaved1F1B"),
+        "pipeline+ddp 2x2, V": V,
+        "pipeline+ep 2x2": (*pipeline("CustomInterleaved1F1B"), *experts(2)),
+        "pipeline+ep 2x2, V": (*V, *experts(2)),
+        "pipeline+ulysses 2x2": (*pipeline("CustomInterleaved1F1B"), *ulysses(2)),
+        "pipeline+ulysses 2x2, V": (*V, *ulysses(2)),
+        "pipeline+ep+ulysses, V": (*V, *experts(2), *ulysses(2)),
+    },
 }
-"""Layouts of the stack ``ddp`` on two ranks; pipelines run in bfloat16 only."""
+"""Layouts of the stack ``ddp``, by the number of ranks. Experts lie on the ranks of data and context parallelism."""
 
 KEYS = ("loss", "gradient norm", "load-balancing loss")
 Curve = list[list[float]]
@@ -125,6 +162,59 @@ def train(folder: Path, n_ranks: int, runs: dict[str, dict[str, Any]], *, timeou
     write_json(folder / "runs.json", tasks)
     torchrun(n_ranks, WORKER, str(folder / "runs.json"), str(folder / "out.json"), timeout=timeout)
     return json.loads((folder / "out.json").read_text())
+
+
+def same_weights(folder: Path, overrides: Sequence[str]) -> dict[Stack, Path]:
+    """A tiny model's random weights as a checkpoint of each stack.
+
+    New weights will not do: a model that guesses shows little of what it is made of.
+    """
+    apply_remedies()
+    config = tiny(*SMOOTH, *overrides, f"dataset.tokenizer.identifier={write_data(folder / 'data')}/tokenizer.json")
+    described = config.model_with_attention()
+    model, generator = described.build(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0 if parameter.dim() > 1 else 1.0, 0.1, generator=generator)
+    v1, ddp = (folder / stack / "step0" for stack in (Stack.v1, Stack.ddp))
+    save(v1, config, described, model)
+    convert(Checkpoint.open(v1), ddp, Stack.ddp)
+    return {Stack.v1: v1, Stack.ddp: ddp}
+
+
+def in_bfloat16(layout: str) -> bool:
+    """Whether one of :data:`DDP_LAYOUTS` is measured in bfloat16: pipelines compute in nothing else."""
+    return "pipeline" in layout
+
+
+class BothStacks:
+    """A model trained in the stack ``ddp`` and in v1, from the same weights over the same batches.
+
+    All is in float32, which shows differences to rounding, but what is :func:`in_bfloat16`.
+    """
+
+    def __init__(self, folder: Path, *overrides: str):
+        self.folder = folder
+        self.runs: dict[tuple[int, str], Path] = {}
+        """Where each was trained, by number of ranks and layout."""
+        self._overrides = (*VARIANTS["sharing"].overrides, FOUR_LAYERS, "trainer.load_trainer_state=false", *overrides)
+        self._start = same_weights(folder / "start", self._overrides)
+
+    def train(self, n_ranks: int, layouts: Mapping[str, Sequence[str]], *, timeout: float = 400) -> dict[str, Curve]:
+        """Curves by layout; on one rank also ``v1``, and the stack ``ddp`` in ``bfloat16``."""
+        runs = {name: self._of_ddp(layout, float32=not in_bfloat16(name)) for name, layout in layouts.items()}
+        if n_ranks == 1:
+            runs["v1"] = {"overrides": [*self._overrides, f"trainer.load_path={self._start[Stack.v1]}"]}
+            runs["bfloat16"] = self._of_ddp((), float32=False)
+        folder = self.folder / f"ranks{n_ranks}"
+        for i, (name, run) in enumerate(runs.items()):
+            self.runs[n_ranks, name] = folder / f"run{i}"
+            run["save_folder"] = str(folder / f"run{i}")  # without one nothing is loaded either
+        return train(folder, n_ranks, runs, timeout=timeout)
+
+    def _of_ddp(self, layout: Sequence[str], *, float32: bool) -> dict[str, Any]:
+        start = f"trainer.load_path={self._start[Stack.ddp]}"
+        return {"overrides": [*self._overrides, *DDP_STACK, *layout, start], "ddp_in_float32": float32}
 
 
 def difference(one: Curve, other: Curve) -> list[float]:

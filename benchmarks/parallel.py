@@ -5,8 +5,9 @@ steps under each layout that is let through, and write the largest relative diff
 refused are written with their reason. Also measured: what the default granularity of the load-balancing loss adds, and runs
 that are stopped and resume under another layout and on another number of ranks.
 
-    python scripts/benchmark.py parallel            # about ten minutes on two cores
-    python scripts/benchmark.py parallel --report   # the tables of docs/parallelism.md again, from the stored results
+    python scripts/benchmark.py parallel               # about ten minutes on two cores
+    python scripts/benchmark.py parallel --stack ddp   # OLMoDDP's layouts only; what is stored of v1's stays
+    python scripts/benchmark.py parallel --report      # the tables of docs/parallelism.md again, from the stored results
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from typing import Any
 from olmo_core.exceptions import OLMoConfigurationError
 
 from benchmarks import layouts
-from benchmarks.layouts import KEYS, LAYOUTS, MICROBATCH, REFUSED, difference
+from benchmarks.layouts import DDP_LAYOUTS, KEYS, LAYOUTS, MICROBATCH, REFUSED, difference
 from benchmarks.tiny import tiny
 from spattn_olmoe import machine
+from spattn_olmoe.model.stack import Stack
 from spattn_olmoe.patterns import VARIANTS
 from spattn_olmoe.patterns.head_order import imbalance
 from spattn_olmoe.tables import table
@@ -39,15 +41,21 @@ LOCAL = {  # by number of ranks; the first is what the others are compared with
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stack", choices=list(Stack), help="measure the layouts of this one only")
     parser.add_argument("--report", action="store_true", help="write the tables from the stored results")
 
 
 def run(args: argparse.Namespace) -> int:
+    data = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     if not args.report:
-        machine.write_json(RESULT, {"run": machine.describe("cpu"), **measure()})
-    if not RESULT.exists():
-        raise ValueError(f"{RESULT} does not exist: run the benchmark first")
-    PAGE.write_text(filled(PAGE.read_text(), json.loads(RESULT.read_text())))
+        if args.stack != Stack.ddp:
+            data |= {"run": machine.describe("cpu"), **measure()}
+        if args.stack != Stack.v1:
+            data["ddp"] = {"run": machine.describe("cpu"), "layouts": measure_ddp()}
+        machine.write_json(RESULT, data)
+    if not {"run", "ddp"} <= data.keys():
+        raise ValueError(f"{RESULT} does not hold the layouts of both stacks: run the benchmark first")
+    PAGE.write_text(filled(PAGE.read_text(), data))
     print(f"{RESULT}\n{PAGE}")
     return 0
 
@@ -56,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure() -> dict[str, Any]:
-    """Rows of all tables."""
+    """Rows of v1's tables."""
     with tempfile.TemporaryDirectory() as folder:
         resumed = layouts.Resumed(Path(folder) / "resumed")
         curves: dict[int, dict[str, layouts.Curve]] = {}
@@ -95,6 +103,19 @@ def measure() -> dict[str, Any]:
     return {"layouts": rows, "refused": refused(), "local_batch": local, "resumed": resumed_rows}
 
 
+def measure_ddp() -> list[dict[str, Any]]:
+    """Every layout of the stack ``ddp`` against one rank: of v1, and of the same stack in bfloat16 for pipelines."""
+    with tempfile.TemporaryDirectory() as folder:
+        stacks = layouts.BothStacks(Path(folder))
+        curves = {n: stacks.train(n, names, timeout=3000) for n, names in DDP_LAYOUTS.items()}
+    return [
+        {"ranks": n_ranks, "layout": name, "one rank": one, **_against(curves[1], one, found, name)}
+        for n_ranks, found in curves.items()
+        for name in DDP_LAYOUTS[n_ranks]
+        for one in ["bfloat16" if layouts.in_bfloat16(name) else "v1"]
+    ]
+
+
 def _against(
     one: dict[str, layouts.Curve], name: str, others: dict[str, layouts.Curve], other: str
 ) -> dict[str, float]:
@@ -119,6 +140,7 @@ def filled(page: str, data: dict[str, Any]) -> str:
     """The page with its tables made anew, each between two comments that name it."""
     for name, text in {
         "layouts": _layouts(data["layouts"]),
+        "ddp": _differences(data["ddp"]["layouts"], ("ranks", "layout", "one rank")),
         "refused": table(["layout", "error message"], [[row["layout"], row["reason"]] for row in data["refused"]], "l"),
         "local_batch": _differences(data["local_batch"], ("ranks", "layout")),
         "resumed": _differences(data["resumed"], ("run",)),

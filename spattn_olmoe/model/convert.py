@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from olmo_core.optim import AdamWConfig, OptimConfig
-from olmo_core.train import Checkpointer
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -152,15 +151,10 @@ def _bytes(state: dict[str, Made]) -> int:
 def _copy_files(source: Path, folder: Path, config: dict[str, Any]) -> None:
     """Everything but the tensors: the trainer's state, the data's and the attention's records, the tokenizer."""
     for path in sorted(source.iterdir()):
-        if (
-            path.name in ("model_and_optim", FOLDER, "config.json")
-            or path.suffix == ".distcp"
-            or path.name == ".metadata"
-        ):
+        if path.name in ("model_and_optim", FOLDER, "config.json", ".metadata") or path.suffix == ".distcp":
             continue
         if path.is_dir():
             shutil.copytree(path, folder / path.name)
         else:
             shutil.copyfile(path, folder / path.name)
     (folder / "config.json").write_text(json.dumps(config))
-    assert (folder / Checkpointer.METADATA_FNAME).exists() or not (source / Checkpointer.METADATA_FNAME).exists()

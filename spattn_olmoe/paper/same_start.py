@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from olmo_core.data import NumpyDataLoaderBase
-from olmo_core.distributed.utils import get_full_tensor, get_rank
+from olmo_core.distributed.utils import all_gather_object, get_full_tensor, get_rank
 from olmo_core.train.callbacks import Callback
 
 from ..files import replace_file
 from ..json_files import read_json
+from ..train.parts import model_parts
 from ..train.shards import stated_hashes
 
 FILE_NAME = "start.json"
@@ -35,7 +36,7 @@ class StartRecord(Callback):
     def pre_epoch(self) -> None:
         if self.step > 0:
             return
-        weights = hash_weights(self.trainer.train_module.model)  # type: ignore[attr-defined]
+        weights = hash_weights(model_parts(self.trainer.train_module))
         if get_rank() == 0:
             loader = self.trainer.data_loader
             assert isinstance(loader, NumpyDataLoaderBase)
@@ -43,14 +44,19 @@ class StartRecord(Callback):
             replace_file(Path(self.trainer.save_folder) / FILE_NAME, (json.dumps(start, indent=1) + "\n").encode())
 
 
-def hash_weights(model: torch.nn.Module) -> str:
-    """SHA-256 of a model's parameters, whole also where ranks share them. All ranks must call it."""
+def hash_weights(parts: Iterable[torch.nn.Module]) -> str:
+    """SHA-256 of a model's parameters, whole also where FSDP or tensor parallelism shares them out. All ranks must call it.
+
+    In the stack ``ddp`` ranks have experts and pipeline stages of their own. The hash is then of what each of them holds: it is
+    another one under another layout, as first weights are.
+    """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(item for part in parts for item in part.named_parameters()):
         full = get_full_tensor(parameter.detach()).float().cpu().contiguous()
         digest.update(f"{name} {tuple(full.shape)}\n".encode())
         digest.update(full.numpy().tobytes())
-    return digest.hexdigest()
+    ranks = all_gather_object(digest.hexdigest())
+    return ranks[0] if len(set(ranks)) == 1 else hashlib.sha256("\n".join(ranks).encode()).hexdigest()
 
 
 def _hash_order(loader: NumpyDataLoaderBase) -> str:

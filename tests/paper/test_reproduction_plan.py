@@ -87,7 +87,7 @@ def test_all_types_start_from_the_same_weights():
         config = tiny(*VARIANTS[variant].overrides, f"init_seed={seed}")
         model = config.model_with_attention().build(init_device="meta")
         model.init_weights(max_seq_len=32, device=torch.device("cpu"))
-        return hash_weights(model)
+        return hash_weights([model])
 
     assert len({weights(variant, 3) for variant in VARIANTS}) == 1
     assert weights("eball", 3) != weights("eball", 4)
