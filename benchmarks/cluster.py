@@ -1,6 +1,6 @@
 """Submit a run with scripts/launch.py to a real Slurm, let everything happen to it, and compare it with one left alone.
 
-    python scripts/benchmark.py cluster FOLDER        # root, Debian's slurm-wlm, munge and iproute2; half an hour on a machine of its own
+    python scripts/benchmark.py cluster FOLDER        # root, Debian's slurm-wlm, munge and iproute2; half an hour
 
 The cluster has three machines on this one (``benchmarks/slurm_cluster.py``). The run takes two of them. Its real time limit
 stops it twice, a job of a higher partition preempts it, with and without the user signal, a machine is lost, a rank is killed;
