@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
 from benchmarks import throughput
-from spattn_olmoe.paper import appendix, report
+from spattn_olmoe.paper import appendix, conversion, report
 from spattn_olmoe.paper.comparison import Comparison
 from spattn_olmoe.paper.recall import report as recall_report
 from spattn_olmoe.paper.runs import SCALES
@@ -50,6 +50,11 @@ def test_the_report_of_throughput_is_that_of_its_results():
 def test_the_report_of_recall_is_that_of_its_results():
     results = json.loads((RESULTS / "recall.json").read_text())
     assert recall_report.markdown("recall", results) == (RESULTS / "recall.md").read_text()
+
+
+def test_the_report_of_conversion_is_that_of_its_results():
+    results = json.loads((RESULTS / "conversion.json").read_text())
+    assert conversion.markdown(results) == (RESULTS / "conversion.md").read_text()
 
 
 def sections() -> list[tuple[list[str], str]]:

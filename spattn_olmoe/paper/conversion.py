@@ -134,18 +134,17 @@ def markdown(results: Mapping[str, Any]) -> str:
         ends = _mean([_end(curve) for curve in scratch[mask]])
         body.append([f"`{mask}`", *cells, "" if mask == "dense" else less, ends])
     head = ["continued as", "at the switch", "half-way", "at the end", "the end less dense's", "from scratch, the end"]
-    return "\n\n".join(
-        [
-            "# What conversion costs",
-            f"A dense model is trained on {results['switch']:,} tokens and continued on {list(after['dense'][0])[-1]:,} more "
-            "with a fresh optimiser; from scratch the same mask is trained on all of them. Mean and standard deviation of the "
-            f"held-out loss, in nats a token, over {len(dense)} seed(s); differences are paired by seed. `dense_last` keeps the "
-            "last quarter of the layers dense.",
-            table(head, body, "lr"),
-            "![Held-out loss against tokens](conversion.png)",
-            *made_on([results["machine"]]),
-        ]
-    )
+    parts = [
+        "# What conversion costs",
+        f"A dense model is trained on {results['switch']:,} tokens and continued on {int(list(after['dense'][0])[-1]):,} more "
+        "with a fresh optimiser; from scratch the same mask is trained on all of them. Mean and standard deviation of the "
+        f"held-out loss, in nats a token, over {len(dense)} seeds; differences are paired by seed. `dense_last` keeps the "
+        "last quarter of the layers dense.",
+        table(head, body, "lr"),
+        "![Held-out loss against tokens](conversion.png)",
+        "\n".join(made_on([results["machine"]])),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _end(curve: Mapping[int, float]) -> float:
