@@ -299,19 +299,11 @@ def test_experts_one_by_one_are_the_loop(sizes, trans_b, wanted):
 
 WRITTEN = """
 import sys, torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from olmo_core.nn.moe.mlp import DroplessMoEMLP
+from tests.model.written import Written
 if sys.argv[1] == "remedied":
     from spattn_olmoe.model import apply_remedies
     apply_remedies()
-
-class Written(TorchDispatchMode):
-    numbers = 0
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and not func.is_view:
-            self.numbers += out.numel()
-        return out
 
 for experts in (8, 64):
     mlp = DroplessMoEMLP(d_model=4, hidden_size=4, num_experts=experts)

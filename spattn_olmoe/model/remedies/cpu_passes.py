@@ -121,8 +121,9 @@ def cross_entropy_loss(
     lse, label_logits = cast(tuple[Tensor, Tensor], _LogSumExp.apply(logits, labels.where(counted, 0)))
     divisor = counted.sum() if reduction == "mean" else 1
     loss = (lse - label_logits).where(counted, 0).sum() / divisor
-    z_squared = lse.square().where(counted, 0).sum() / divisor
-    return loss, z_loss_multiplier * z_squared if compute_z_loss else None
+    if not compute_z_loss:
+        return loss, None
+    return loss, z_loss_multiplier * (lse.square().where(counted, 0).sum() / divisor)
 
 
 class _LogSumExp(torch.autograd.Function):
