@@ -16,9 +16,9 @@ from olmo_core.optim import AdamWConfig, OptimConfig
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from ..files import complete_or_absent
 from .checkpoint import Checkpoint
 from .checkpoint_files import FOLDER, write_checksums
-from .hf.export import complete_or_absent
 from .hf.weights import same_bits
 from .lazy_save import described, save_lazily
 from .remedies import apply_remedies

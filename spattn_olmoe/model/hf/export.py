@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import importlib.util
 import json
-import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ...files import inside, sync_folder
+from ...files import complete_or_absent, inside
 from ...json_files import read_json
 from ...patterns import Pattern, build_pattern
 from ...serving import modeling_spattn_olmoe
@@ -82,45 +78,6 @@ def reader(checkpoint: Checkpoint, shape: Shape) -> Callable[[str], Tensor]:
     weights = checkpoint.weights()
     require_weights(weights.sizes, shape.core(), f"checkpoint {checkpoint.path}")
     return weights.read
-
-
-@contextlib.contextmanager
-def complete_or_absent(to: str | Path, n_bytes: int) -> Iterator[Path]:
-    """A folder to write to, which gets its name once all is written; it vanishes where that fails.
-
-    :param n_bytes: what will be written, about.
-    :raises ValueError: ``to`` exists, or the disk has no room.
-    """
-    to = Path(to)
-    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
-        raise ValueError(f"--to {to} exists: name a folder that does not, or remove it")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(to.parent).free
-    if free < n_bytes * 1.01:
-        raise ValueError(
-            f"--to {to}: {n_bytes / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free: name another disk"
-        )
-    aside = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
-    try:
-        yield aside
-        _readable(aside)
-        os.replace(aside, to)
-        sync_folder(to.parent)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise ValueError(f"--to {to}: no space is left on the disk; nothing was kept") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _readable(folder: Path) -> None:
-    """The permissions that files made by hand would have: temporary ones are the owner's alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for path in folder.rglob("*"):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _write_weights(folder: Path, shape: Shape, read: Callable[[str], Tensor], dtype: torch.dtype) -> None:

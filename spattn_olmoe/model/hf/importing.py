@@ -10,6 +10,7 @@ from typing import Any
 from olmo_core.nn.transformer import TransformerConfig
 
 from ...data.tokenizer import parse_tokenizer, vocab_size
+from ...files import complete_or_absent
 from ..checkpoint import TOKENIZER_FILE
 from ..checkpoint_files import write_checksums
 from ..fingerprint import FILE_NAME, Fingerprint
@@ -17,7 +18,7 @@ from ..lazy_save import described, save_lazily
 from ..section import BASELINE, with_attention
 from ..stack_weights import require_weights
 from .config import hf_config, require_same_model
-from .export import Published, complete_or_absent, read_config
+from .export import Published, read_config
 from .weights import Shape
 
 

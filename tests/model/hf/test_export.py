@@ -124,7 +124,7 @@ def test_the_command_refuses_in_one_line(exported, tmp_path, refusal):
 
 def test_a_full_disk_leaves_nothing(exported, tmp_path, monkeypatch, refusal):
     words = ("export_hf.py", "--checkpoint", exported(SHARED).checkpoint.path, "--to", tmp_path / "out")
-    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
     assert "are needed, 1e-09 GB are free: name another disk" in refusal(*words)
     monkeypatch.undo()
 

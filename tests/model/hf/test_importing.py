@@ -14,7 +14,6 @@ from transformers import OlmoeForCausalLM
 from benchmarks.tiny import BASE, TINY, VOCAB, tiny
 from benchmarks.tiny_checkpoint import N
 from spattn_olmoe.model.checkpoint import Checkpoint
-from spattn_olmoe.model.hf import export as exporting
 from spattn_olmoe.model.hf.export import Published, export
 from spattn_olmoe.model.hf.importing import import_published
 
@@ -141,7 +140,7 @@ def test_what_cannot_be_imported_is_refused_in_one_line(published, tmp_path, ref
 def test_a_folder_that_exists_or_has_no_room_is_refused_in_one_line(published, tmp_path, refusal, monkeypatch):
     (tmp_path / "imported").write_text("mine")
     assert "exists: name a folder that does not" in refusal(*words(published, tmp_path / "imported"))
-    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
     assert "are needed, 1e-09 GB are free" in refusal(*words(published, tmp_path / "new"))
     assert [path.name for path in tmp_path.iterdir()] == ["imported"]
 
