@@ -45,6 +45,12 @@ MASK_CELLS = 2**24
 FEW_QUERIES = 16
 """Up to so many queries, as in decoding, FlexAttention on CUDA is not worth its block mask."""
 
+BLOCK = 128
+"""Side of the blocks that FlexAttention computes or skips; its default."""
+
+FLEX_MIN_HEAD_DIM = 16
+"""FlexAttention's kernels on CUDA serve no smaller heads."""
+
 
 # ---- what is attended ------------------------------------------------------------------------------------------------
 
@@ -79,26 +85,46 @@ class AttentionRule:
             "global_tokens": self.global_tokens,
         }
 
-    def allows(self, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Whether head ``h`` lets a query attend a key, by their places in one document: integers that broadcast."""
-        d = query - key
-        bounds, periodic = _tables(self, d.device)
-        allowed = torch.zeros_like(d, dtype=torch.bool)
-        for n in range(bounds.shape[1]):
-            allowed = allowed | ((d >= bounds[h, n, 0]) & (d < bounds[h, n, 1]))
-        if periodic is not None:
-            allowed = allowed | periodic[d % self.period]
-        if self.global_tokens:
-            allowed = allowed | (query < self.global_tokens) | (key < self.global_tokens)
-        return allowed & (d >= 0)
+    def on(self, device: torch.device | str) -> Allows:
+        """The rule as a function of tensors on a device: ``allows(h, query, key)``, integers that broadcast.
+
+        It tells whether head ``h`` lets a query attend a key, by their places in one document. What it looks up is made here:
+        a compiler that traces the function finds tensors, and no rule of its own to compile for.
+        """
+        bounds, periodic = _tables(self, torch.device(device))
+        period, global_tokens = self.period, self.global_tokens
+
+        def allows(h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            d = query - key
+            terms = [(d >= lo[h]) & (d < hi[h]) for lo, hi in bounds]
+            if periodic is not None:
+                terms.append(periodic[d % period])
+            if global_tokens:
+                terms.append((query < global_tokens) | (key < global_tokens))
+            return functools.reduce(torch.logical_or, terms) & (d >= 0)
+
+        return allows
+
+
+Allows = Callable[[Tensor, Tensor, Tensor], Tensor]
+Tables = tuple[list[tuple[Tensor, Tensor]], Tensor | None]
+
+
+@torch.compiler.assume_constant_result  # the compiler looks through a cache, and would make them in every step
+def _tables(rule: AttentionRule, device: torch.device) -> Tables:
+    return _made_tables(rule, device)
 
 
 @functools.lru_cache(maxsize=128)
 @torch.inference_mode(False)  # made while generating, kept, and then wanted in training
-def _tables(rule: AttentionRule, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Bounds ``(H, intervals, 2)``, heads with fewer filled up with empty ones, and which residues are attended."""
+def _made_tables(rule: AttentionRule, device: torch.device) -> Tables:
+    """The first, second, ... interval of all heads, ``lo (H,)`` and ``hi (H,)``, and which residues are attended.
+
+    A head with fewer intervals has empty ones.
+    """
     most = max(1, *(len(head) for head in rule.intervals))
-    bounds = torch.tensor([[*head, *[(0, 0)] * (most - len(head))] for head in rule.intervals], device=device)
+    heads = torch.tensor([[*head, *[(0, 0)] * (most - len(head))] for head in rule.intervals])
+    bounds = [(lo.contiguous().to(device), hi.contiguous().to(device)) for lo, hi in heads.permute(1, 2, 0)]
     if not rule.residues:
         return bounds, None
     periodic = torch.zeros(rule.period, dtype=torch.bool)
@@ -217,9 +243,13 @@ def attend(
     heads_last = _by_package(module, query, key, value, attention_mask, rule, scale)
     if heads_last is not None:
         return heads_last, None
-    flex = query.device.type == "cuda" and T > FEW_QUERIES and not torch.compiler.is_compiling()
-    compute = by_flex if flex else by_sdpa
+    compute = by_flex if _suits_flex(query) else by_sdpa
     return compute(query, key, value, attention_mask, rule, scale).transpose(1, 2), None
+
+
+def _suits_flex(query: Tensor) -> bool:
+    few = query.shape[2] <= FEW_QUERIES or query.shape[3] < FLEX_MIN_HEAD_DIM
+    return query.device.type == "cuda" and not few and not torch.compiler.is_compiling()
 
 
 def _rule(module: Any) -> AttentionRule:
@@ -234,12 +264,13 @@ def by_sdpa(query: Tensor, key: Tensor, value: Tensor, places: Tensor, rule: Att
     S = key.shape[2]
     q_document, q_place, k_document, k_place = (x[:, None] for x in _split(places, T))
     head = torch.arange(H, device=query.device)[:, None, None]
+    allows = rule.on(query.device)
     step = max(1, MASK_CELLS // (B * H * S))
     parts = []
     for start in range(0, T, step):
         part = slice(start, start + step)
         together = q_document[:, :, part, None] == k_document[:, :, None]
-        mask = together & rule.allows(head, q_place[:, :, part, None], k_place[:, :, None])
+        mask = together & allows(head, q_place[:, :, part, None], k_place[:, :, None])
         dead = ~mask.any(-1, keepdim=True)  # attends all, so that no gradient is NaN, and counts for nothing
         out = F.scaled_dot_product_attention(
             query[:, :, part], key, value, attn_mask=mask | dead, scale=scale, enable_gqa=H != key.shape[1]
@@ -252,21 +283,59 @@ def by_flex(query: Tensor, key: Tensor, value: Tensor, places: Tensor, rule: Att
     """FlexAttention, compiled on CUDA: blocks that hold no pair are skipped, and no mask is kept: ``(B, H, T, D)``."""
     kept = places.__dict__.setdefault("block_masks", {})  # all layers of one rule share it
     if rule not in kept:
-        kept[rule] = _block_mask(places, rule, query.shape[1], query.shape[2])
+        kept[rule] = block_mask(places, rule, query.shape[2])
     gqa = query.shape[1] != key.shape[1]
     return _flex(query.device.type)(query, key, value, block_mask=kept[rule], scale=scale, enable_gqa=gqa)
 
 
-def _block_mask(places: Tensor, rule: AttentionRule, H: int, T: int) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+def block_mask(places: Tensor, rule: AttentionRule, T: int) -> Any:
+    """A rule for FlexAttention, of :data:`BLOCK` queries by as many keys a block: made without a mask of all pairs."""
+    from torch.nn.attention.flex_attention import BlockMask
 
     q_document, q_place, k_document, k_place = (x.contiguous() for x in _split(places, T))
+    allows = rule.on(places.device)
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (q_document[b, i] == k_document[b, j]) & rule.allows(h, q_place[b, i], k_place[b, j])
+        return (q_document[b, i] == k_document[b, j]) & allows(h, q_place[b, i], k_place[b, j])
 
-    B, S, device = *k_place.shape, places.device
-    return create_block_mask(mask_mod, B, H, T, S, device=device, _compile=device.type == "cuda")
+    some, every = _blocks(places, rule, T)
+    return BlockMask.from_kv_blocks(*_ordered(some & ~every), *_ordered(every), BLOCK, mask_mod, (T, k_place.shape[1]))
+
+
+def _blocks(places: Tensor, rule: AttentionRule, T: int) -> tuple[Tensor, Tensor]:
+    """Which blocks may hold an allowed pair, and which hold no other: bool ``(B, H, T / BLOCK, S / BLOCK)`` each.
+
+    They follow from the least and the greatest document and place of a block's queries and keys.
+    """
+    ends = [_least_and_greatest(x) for x in _split(places, T)]
+    (q_first, q_last), (q_low, q_high) = ([x[:, None, :, None] for x in pair] for pair in ends[:2])
+    (k_first, k_last), (k_low, k_high) = ([x[:, None, None, :] for x in pair] for pair in ends[2:])
+    meet = (q_first <= k_last) & (k_first <= q_last)
+    alike = (q_first == q_last) & (k_first == k_last) & meet
+    near, far = q_low - k_high, q_high - k_low
+    bounds, periodic = _tables(rule, places.device)
+    within = torch.zeros_like(meet)
+    reached = torch.full_like(meet, periodic is not None)  # some distance of every period
+    if rule.global_tokens:
+        reached = (q_low < rule.global_tokens) | (k_low < rule.global_tokens) | reached
+    for lo, hi in ((lo[:, None, None], hi[:, None, None]) for lo, hi in bounds):
+        reached = reached | ((far >= lo) & (near < hi) & (lo < hi))
+        within = within | ((near >= lo) & (far < hi))
+    return reached & meet & (far >= 0), within & alike & (near >= 0)
+
+
+def _least_and_greatest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every :data:`BLOCK` numbers of the rows ``(B, n)``; the last may be fewer."""
+    n = x.shape[1]
+    slot = torch.arange(-(-n // BLOCK) * BLOCK, device=x.device).clamp(max=n - 1)
+    least, greatest = x[:, slot].unflatten(1, (-1, BLOCK)).aminmax(dim=-1)
+    return least, greatest
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks as FlexAttention keeps them: how many each row has, and their columns, those that it has first."""
+    order = torch.argsort(blocks.to(torch.int8), dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
 @functools.cache
@@ -274,7 +343,8 @@ def _flex(device_type: str) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     attend: Any = flex_attention
-    return torch.compile(attend) if device_type == "cuda" else attend
+    # Whole graphs: what cannot be compiled, or too often, ends with an error, where it would else keep all pairs.
+    return torch.compile(attend, fullgraph=True) if device_type == "cuda" else attend
 
 
 # ---- the package's kernels, where it is installed --------------------------------------------------------------------

@@ -25,7 +25,7 @@ class SPAttnOlmoeDecoderLayer(OlmoeDecoderLayer):
             _require_head_size(attention.attn)
         else:
             _require_flex(attention.attn)
-            attention.attn.logical_mask_mod = mask_mod(attention.attn.attention_rule)
+            attention.attn.logical_mask_mod = mask_mod(attention.attn.attention_rule, current_platform.device_type)
 
 
 class SPAttnOlmoeForCausalLM(OlmoeForCausalLM):

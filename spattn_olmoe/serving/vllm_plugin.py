@@ -52,11 +52,12 @@ def local_rule(rule: AttentionRule, n_heads: int, rank: int) -> AttentionRule:
 
 
 @functools.cache  # vLLM rebuilds its block mask where two layers have different functions, and compares them by identity
-def mask_mod(rule: AttentionRule) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def mask_mod(rule: AttentionRule, device: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """A rule as vLLM's FlexAttention takes it, in logical positions: ``mask_mod(b, h, q_idx, kv_idx)``."""
+    allows = rule.on(device)
 
     def allowed(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return rule.allows(h, q_idx, kv_idx)
+        return allows(h, q_idx, kv_idx)
 
     return allowed
 

@@ -52,9 +52,10 @@ def test_pages_give_back_what_was_written_and_attention_over_them_is_attention()
 def test_a_mask_for_flex_attention_is_that_of_the_ranks_heads(rank):
     rule = vllm_plugin.local_rule(rule_of(PATTERN), 2, rank)
     h, i = torch.arange(2)[:, None, None], torch.arange(60)
-    mask = vllm_plugin.mask_mod(rule)(torch.zeros_like(h), h, i[:, None], i)
+    mask = vllm_plugin.mask_mod(rule, "cpu")(torch.zeros_like(h), h, i[:, None], i)
     assert torch.equal(mask, PATTERN.dense_mask(60)[2 * rank : 2 * rank + 2])
-    assert vllm_plugin.mask_mod(rule) is vllm_plugin.mask_mod(vllm_plugin.local_rule(rule_of(PATTERN), 2, rank))
+    again = vllm_plugin.local_rule(rule_of(PATTERN), 2, rank)
+    assert vllm_plugin.mask_mod(rule, "cpu") is vllm_plugin.mask_mod(again, "cpu")
 
 
 def test_what_vllm_computes_otherwise_is_refused():

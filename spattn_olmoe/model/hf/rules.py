@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ...patterns import UNBOUNDED, Pattern
+from ...patterns.bands import SPAttention
 from ...patterns.bigbird import BigBird
 from ...patterns.longformer import PLAIN_CAUSAL_UP_TO, Longformer
 from ...patterns.reformer import Reformer
+from ...patterns.sinks import SPAttentionSinks
 from ...serving.modeling_spattn_olmoe import AttentionRule
 
 
@@ -19,6 +23,11 @@ def rule_of(pattern: Pattern) -> AttentionRule:
     table = pattern.table
     if table is not None:
         return AttentionRule(tuple(tuple(interval for interval in head if interval[0] < interval[1]) for head in table))
+    if isinstance(pattern, SPAttentionSinks):  # each document has its own there, as if it were alone
+        bands = SPAttention(
+            pattern.n_heads, pattern.band_length, head_order=pattern.head_order, local_sharing=pattern.local_sharing
+        )
+        return replace(rule_of(bands), global_tokens=pattern.sinks)
     if isinstance(pattern, Reformer) and pattern.follows_content:
         raise _refused(pattern, "buckets=lsh, so that its mask depends on queries and keys")
     if isinstance(pattern, BigBird) and pattern.random_links == "seeded":

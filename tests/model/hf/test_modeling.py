@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -15,17 +19,17 @@ from transformers import (
 
 from benchmarks.tiny import PAD, VOCAB
 from benchmarks.tiny_checkpoint import N
-from spattn_olmoe import build_pattern
 from spattn_olmoe.model.hf.rules import rule_of
 from spattn_olmoe.patterns import VARIANTS
 from spattn_olmoe.serving import modeling_spattn_olmoe as modeling
 
 SECTIONS = {
     **{name: VARIANTS[name].section for name in ("exclusive", "sharing", "gbhalf", "sliding_window", "longformer")},
-    **{name: VARIANTS[name].section for name in ("bigbird", "reformer")},
+    **{name: VARIANTS[name].section for name in ("bigbird", "reformer", "exclusive_sinks")},
     "reordered bands": {"type": "spattention", "head_order": "balanced"},
     "layers differ": {"type": "spattention", "local_sharing": True, "layers": [1]},
 }
+FLEX = ("exclusive", "sharing", "exclusive_sinks", "bigbird", "reformer", "longformer", "gbhalf")
 ALONE, PACKAGE = "alone", "with the package"
 CASES = [(name, ALONE) for name in SECTIONS]
 CASES += [(name, PACKAGE) for name in ("exclusive", "reordered bands", "layers differ")]
@@ -64,14 +68,14 @@ def tokens(B=2, T=60):
     return torch.randint(2, VOCAB, (B, T), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("name", ["dense", "exclusive", "sharing", "longformer", "bigbird", "reformer", "gbhalf"])
+@pytest.mark.parametrize("name", [*FLEX, "dense", "sharing_sinks"])
 @pytest.mark.parametrize("band_length", [4, 5, 33, 100, 1031])
 def test_a_rule_is_its_patterns_mask_at_any_length(name, band_length):
-    pattern = VARIANTS[name].build(4, band_length)
+    pattern = VARIANTS[name].build(4, band_length, head_order=(2, 0, 3, 1))
     T = min(2 * band_length + 3, 600)
     h, i = torch.arange(4)[:, None, None], torch.arange(T)
     rule = rule_of(pattern)
-    assert torch.equal(rule.allows(h, i[:, None], i), pattern.dense_mask(T))
+    assert torch.equal(rule.on("cpu")(h, i[:, None], i), pattern.dense_mask(T))
     assert modeling.AttentionRule.from_config(rule.to_config()) == rule
 
 
@@ -226,18 +230,110 @@ def test_a_step_of_transformers_trainer(exported, load, computed, tmp_path):
     torch.testing.assert_close(before - weight, gradient, atol=1e-5, rtol=1e-3)
 
 
+def places_of(kind, T, S):
+    """Places as transformers asks for them: a prompt, one after others in a cache, padded on the left, or packed."""
+    mask, documents = torch.ones(2, S, dtype=torch.bool), torch.zeros(2, S, dtype=torch.long)
+    if kind == "padded":
+        mask[1, :9] = False
+    if kind == "packed":
+        documents = (torch.arange(S) >= torch.tensor([[S // 3], [S // 2]])).long()
+    return modeling.token_places(
+        2, T, S, S - T, lambda b, h, i, j: (j <= i) & (documents[b, i] == documents[b, j]), mask
+    )
+
+
 @torch.no_grad()
-def test_flex_attention_computes_the_same():
+@pytest.mark.parametrize("kind", ["plain", "padded", "packed"])
+def test_flex_attention_computes_the_same(kind):
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(2, 4, T, 8, generator=generator) for T in (60, 70, 70))
-    mask = torch.ones(2, 70, dtype=torch.bool)
-    mask[1, :9] = False
-    places = modeling.token_places(2, 60, 70, 10, modeling_causal, mask)
-    for name in ("spattention", "bigbird", "reformer"):
-        rule = rule_of(build_pattern(name, n_heads=4, band_length=N))
+    places = places_of(kind, 60, 70)
+    for name in FLEX:
+        rule = rule_of(VARIANTS[name].build(4, N))
         expected = modeling.by_sdpa(q, k, v, places, rule, 0.3)
         torch.testing.assert_close(modeling.by_flex(q, k, v, places, rule, 0.3), expected, **CLOSE)
-        assert modeling.by_flex(q, k, v, places, rule, 0.3).shape == expected.shape
+
+
+@pytest.mark.parametrize("kind", ["plain", "padded", "packed"])
+@pytest.mark.parametrize(("T", "S"), [(70, 70), (33, 100), (17, 64)])
+def test_blocks_that_are_skipped_hold_no_pair_and_full_ones_every_pair(kind, T, S, monkeypatch):
+    monkeypatch.setattr(modeling, "BLOCK", 8)
+    places = places_of(kind, T, S)
+    q_document, q_place, k_document, k_place = (x[:, None] for x in modeling._split(places, T))
+    for name in FLEX:
+        rule = rule_of(VARIANTS[name].build(4, N))
+        some, every = modeling._blocks(places, rule, T)
+        h = torch.arange(4)[:, None, None]
+        mask = rule.on("cpu")(h, q_place[..., None], k_place[:, :, None])
+        mask = mask & (q_document[..., None] == k_document[:, :, None])
+        rows, columns = (torch.arange(n).split(8) for n in (T, S))
+        blocks = [[mask[:, :, i][..., j] for j in columns] for i in rows]
+        held = torch.stack([torch.stack([block.any((-2, -1)) for block in row], -1) for row in blocks], -2)
+        full = torch.stack([torch.stack([block.all((-2, -1)) for block in row], -1) for row in blocks], -2)
+        assert not (held & ~some).any() and not (every & ~full).any()
+        if kind == "plain" and not rule.period:  # no block too many
+            assert torch.equal(some, held) and (torch.equal(every, full) or rule.global_tokens)
+
+
+@torch.no_grad()
+def test_flex_attention_is_compiled_whole_and_once_for_all_bands(monkeypatch):
+    """Traced as on CUDA. A limit of recompilations would end in a mask of all pairs, or in an error."""
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(flex_attention, backend=counter, fullgraph=True)
+    monkeypatch.setattr(modeling, "_flex", lambda _: compiled)
+    generator = torch.Generator().manual_seed(3)
+    for T in (60, 90, 300, 450):
+        q, k, v = (torch.randn(2, 4, T, 8, generator=generator) for _ in range(3))
+        for name in ("exclusive", "gbhalf"):
+            rule, places = rule_of(VARIANTS[name].build(4, N)), places_of("packed", T, T)
+            expected = modeling.by_sdpa(q, k, v, places, rule, 0.3)
+            torch.testing.assert_close(modeling.by_flex(q, k, v, places, rule, 0.3), expected, **CLOSE)
+    assert counter.frame_count <= 3  # for one length, for all of one block, and for all
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that was made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor) and not func.is_view]
+        self.numel = max([self.numel, *made])
+        return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["exclusive", "bigbird", "longformer"])
+def test_a_long_prompt_as_on_cuda_makes_no_mask_of_all_pairs(name, monkeypatch):
+    """On tensors without values: those of a CPU, since PyTorch without CUDA indexes no others."""
+    T, D, given = 4096, 64, []
+    monkeypatch.setattr(modeling, "_by_package", lambda *_: None)
+    monkeypatch.setattr(modeling, "_suits_flex", lambda _: True)
+    monkeypatch.setattr(modeling, "_flex", lambda device: lambda q, *_, **options: given.append(options) or q.clone())
+    rule = rule_of(VARIANTS[name].build(4, T))
+    module = torch.nn.Module()
+    module.__dict__["attention_rule"] = rule
+    monkeypatch.setattr(modeling, "_made_tables", modeling._made_tables.__wrapped__)  # keeps none without values
+    with FakeTensorMode(), Largest() as largest:
+        q, k, v = (torch.empty(1, 4, T, D) for _ in range(3))
+        places = modeling.token_places(1, T, T, 0, modeling_causal)
+        out, _ = modeling.attend(module, q, k, v, places)
+    assert out.shape == (1, T, 4, D)
+    assert given[0]["block_mask"].shape == (1, 4, T, T)
+    assert largest.numel == q.numel()
+
+
+def test_flex_attention_is_for_prompts_on_cuda():
+    with FakeTensorMode():
+        suits = {
+            (device, T, D): modeling._suits_flex(torch.empty(1, 4, T, D, device=device))
+            for device in ("cuda", "cpu")
+            for T in (1, 16, 17)
+            for D in (8, 16)
+        }
+    assert [call for call, suited in suits.items() if suited] == [("cuda", 17, 16)]
 
 
 def modeling_causal(batch, head, query, key):
@@ -248,12 +344,20 @@ def modeling_causal(batch, head, query, key):
 def test_a_compiled_step_of_decoding(load):
     from transformers import StaticCache
 
-    model, native = load(BANDS)
+    model, native = load(SECTIONS["layers differ"])
     ids = tokens(B=1, T=31)
     cache = StaticCache(config=model.config, max_cache_len=64)
     model(ids[:, :30], past_key_values=cache)
-    step = torch.compile(model, backend="eager")(ids[:, 30:], past_key_values=cache).logits
+    made = []
+
+    def backend(graph, _):
+        made.extend(node.target for node in graph.graph.nodes)
+        return graph
+
+    step = torch.compile(model, backend=backend)(ids[:, 30:], past_key_values=cache).logits
     torch.testing.assert_close(step[:, -1], native(ids)[:, -1], **CLOSE)
+    assert torch.nn.functional.scaled_dot_product_attention in made
+    assert torch.tensor not in made  # no table of distances is made again, and copied to the GPU, in every step
 
 
 def test_saved_and_read_again_bit_for_bit(exported, tmp_path):
