@@ -42,8 +42,16 @@ def submit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     activate = folder / ".venv/bin/activate"
     activate.parent.mkdir(parents=True)
+    (folder / "bin").mkdir()
+    away = folder / "bin/scontrol"
+    away.write_text(
+        f'#!/bin/bash\nrm {folder}/controller-is-away 2>/dev/null && exit 1\nexec {shutil.which("scontrol")} "$@"\n'
+    )
+    away.chmod(0o755)
     activate.write_text(
-        f'export PATH="{Path(sys.executable).parent}:$PATH" PYTHONPATH="{ROOT}" OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=\n'
+        f'export PATH="{away.parent}:{Path(sys.executable).parent}:$PATH" PYTHONPATH="{ROOT}"\n'
+        "export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=\n"
+        f"while [ -e {folder}/set-up-is-slow ]; do touch {folder}/set-up-waits; sleep 0.1; done\n"
     )
     (folder / "scripts").symlink_to(ROOT / "scripts")
     (folder / "pauses").mkdir()
@@ -289,12 +297,24 @@ def test_a_wrong_config_is_not_tried_again_and_its_exit_code_is_kept(cluster: Sl
     assert "model.n_layer is not a key" in job.log and "Traceback" not in job.log
 
 
-def test_preempted_while_its_nodes_are_checked_it_goes_back_into_the_queue(cluster: SlurmCluster, submit_folder: Path):
+def test_whatever_comes_before_training_it_goes_back_into_the_queue(cluster: SlurmCluster, submit_folder: Path):
+    """A notice while the script sets itself up, and a preemption while it checks the nodes and Slurm does not answer."""
+    slow, away = submit_folder / "set-up-is-slow", submit_folder / "controller-is-away"
+    slow.touch()
     job = Job(cluster, submit_folder, "early", options=("--nodes=1", "--export=ALL,SPATTN_SAVE_FOLDER=early"))
+    job.until((submit_folder / "set-up-waits").exists, "its set-up")
+    cluster.run("scancel", "--signal=USR1", "--batch", job.id)
+    job.until_log("notice from Slurm")
+    slow.unlink()
+    job.until_log("notified: back into the queue")
+    job.requeued(1)
+
     job.until(lambda: f"{job.id}.0" in cluster.run("squeue", "--steps", "--noheader", "--format=%i"), "its check")
+    away.touch()
     preempt(cluster, job)
     job.until_log("preempted: back into the queue")
-    job.until(lambda: cluster.job(job.id)["Restarts"] == "1", "the queue")
+    assert not away.exists()
+    job.until(lambda: cluster.job(job.id)["Restarts"] == "2", "the queue")
 
 
 def test_a_rank_that_hangs_is_noticed_its_stacks_are_written_and_the_job_ends_as_after_a_crash(
