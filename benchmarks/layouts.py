@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.tiny import BASE, TINY, T, run_overrides, tiny, torchrun, write_data, write_json
+from benchmarks.tiny import BASE, TINY, T, on_ranks, run_overrides, tiny, write_data, write_json
 from benchmarks.tiny_checkpoint import save
 from spattn_olmoe.model import apply_remedies
 from spattn_olmoe.model.checkpoint import Checkpoint
@@ -160,7 +160,7 @@ def train(folder: Path, n_ranks: int, runs: dict[str, dict[str, Any]], *, timeou
         options = {key: run.get(key, False) for key in ("forget", "ddp_in_float32")}
         tasks.append({"name": name, "base": str(BASE), "overrides": overrides, **options})
     write_json(folder / "runs.json", tasks)
-    torchrun(n_ranks, WORKER, str(folder / "runs.json"), str(folder / "out.json"), timeout=timeout)
+    on_ranks(n_ranks, WORKER, str(folder / "runs.json"), str(folder / "out.json"), timeout=timeout)
     return json.loads((folder / "out.json").read_text())
 
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.forked import environment
 from spattn_olmoe import machine
+from spattn_olmoe.commands import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 WORKER = ROOT / "benchmarks/memory_worker.py"
 MIB = 2**20
 
@@ -88,11 +88,16 @@ def measure(name: str, folder: Path, data: list[str]) -> dict:
     overrides = [*MODEL, *data, f"trainer.save_folder={folder}/run", *overrides]
     base, out = ROOT / "configs/base/olmoe.yaml", folder / "peaks.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(WORKER)]
-    # Blocks of 64 KiB and more are mapped and unmapped one by one, so that resident memory is what is allocated.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    # oneDNN would keep the scratch of every shape it has met, and experts' shapes are never the same.
-    env |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
-    env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "MALLOC_ARENA_MAX": "1"}
+    env = environment(
+        {
+            # Blocks of 64 KiB and more are mapped and unmapped one by one, so that resident memory is what is allocated.
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "MALLOC_TRIM_THRESHOLD_": "65536",
+            "MALLOC_ARENA_MAX": "1",
+            # oneDNN would keep the scratch of every shape it has met, and experts' shapes are never the same.
+            "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
+        }
+    )
     done = subprocess.run(
         [*command, str(base), json.dumps(overrides), str(out)], env=env, capture_output=True, text=True
     )

@@ -6,50 +6,33 @@ The run is started with one command, disturbed, and started with the same comman
 enough; then it is left to finish. Loss and gradient norm of every step must be equal, bit for bit. Disturbances are SIGKILL,
 SIGTERM and SIGHUP, a second process with the same command (which must be refused, the first must not notice) and,
 with ``--disk``, a disk that is filled until the run ends (on which a start must be refused, too).
-
-Processes are forked from a server that has imported everything: a new Python each time would take most of the time.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import multiprocessing
 import os
 import random
-import runpy
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import arguments
+from benchmarks import arguments, forked
 from spattn_olmoe import machine
+from spattn_olmoe.commands import ROOT
 from spattn_olmoe.errors import whole
 from spattn_olmoe.train.metrics import curve, last_step
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
 LIMIT = 300.0
 """Seconds in which a process must get on by a step, or end."""
 
 SIGNALS = {number.name: number for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)}
 SECOND, FULL = "a second process", "a full disk"
-
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["spattn_olmoe.train.run", "spattn_olmoe.train.dry_run", "spattn_olmoe.train.config"])
-
-
-def train(arguments: list[str], output: str) -> None:
-    """``python scripts/train.py ...`` in this process."""
-    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(log, stream)
-    sys.argv = [str(SCRIPT), *arguments]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 class Trial:
@@ -57,12 +40,15 @@ class Trial:
 
     def __init__(self, config: str, folder: Path, overrides: list[str]):
         self.run, self.log = folder, folder.with_suffix(".log")
-        self.arguments = [f"--config={config}", f"trainer.save_folder={folder}", *overrides]
+        self.arguments = [
+            str(ROOT / "scripts/train.py"),
+            f"--config={config}",
+            f"trainer.save_folder={folder}",
+            *overrides,
+        ]
 
     def start(self) -> Any:
-        process = _server.Process(target=train, args=(self.arguments, str(self.log)))
-        process.start()
-        return process
+        return forked.start(self.arguments, self.log)
 
     def finish(self) -> float:
         """Seconds until the run has ended by itself."""
@@ -127,8 +113,7 @@ class Trial:
         """The status of another process with the same command, which must end with a line that holds these words."""
         log = self.log.with_suffix(".second.log")
         log.unlink(missing_ok=True)
-        second = _server.Process(target=train, args=(self.arguments, str(log)))
-        second.start()
+        second = forked.start(self.arguments, log)
         second.join(LIMIT)
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
         if second.exitcode not in (1, 2) or not lines or words not in lines[-1] or "Traceback" in log.read_text():

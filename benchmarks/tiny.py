@@ -6,22 +6,19 @@ Benchmarks and tests share it.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from benchmarks import forked
+from spattn_olmoe.commands import ROOT
 from spattn_olmoe.data.manifest import Manifest, TokenizerRecord
 from spattn_olmoe.data.writer import Shard
 from spattn_olmoe.files import hash_file
 from spattn_olmoe.train import ExperimentConfig, load_experiment
 
-ROOT = Path(__file__).parents[1]
 BASE = ROOT / "configs" / "base" / "olmoe.yaml"
 
 T, VOCAB, LAYERS, HEADS = 32, 64, 2, 4
@@ -89,27 +86,9 @@ def write_data(folder: Path, n_tokens: int = 4096, seed: int = 0) -> Path:
     return folder
 
 
-def run_python(code: str, *args: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run code in a Python of its own, which finds the package."""
-    return subprocess.run(
-        [sys.executable, "-c", code, *args], capture_output=True, text=True, env=environment(env), timeout=300
-    )
-
-
-def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment for another one: the package is found, and no ranks of an outer launcher are."""
-    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    inherited = {key: value for key, value in os.environ.items() if key not in ranks}
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(extra or {})}
-
-
-def torchrun(n_ranks: int, script: Path, *args: str, timeout: float = 400) -> None:
+def on_ranks(n_ranks: int, script: Path, *args: str, timeout: float = 400) -> None:
     """Run a script on several ranks of this machine; its failure is the caller's."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
-    done = subprocess.run(
-        [*command, str(script), *args], capture_output=True, text=True, env=environment(), timeout=timeout, cwd=ROOT
-    )
+    done = forked.run(str(script), *args, cwd=ROOT, ranks=n_ranks, timeout=timeout)
     if done.returncode:
         raise AssertionError(f"{script.name} on {n_ranks} ranks:\n{done.stdout[-3000:]}\n{done.stderr[-8000:]}")
 

@@ -6,12 +6,11 @@ Benchmarks and tests share it. Heavy libraries are imported where they are used:
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from benchmarks import forked
+from spattn_olmoe.commands import ROOT, train_command
 
 
 def prepare_tiny_data(folder: Path) -> Path:
@@ -61,23 +60,6 @@ trainer:
     return path
 
 
-def training_command(config: Path, *arguments: str) -> list[str]:
-    """The command line of one training process."""
-    return [sys.executable, str(ROOT / "scripts/train.py"), "--config", str(config), *arguments]
-
-
-def training_environment() -> dict[str, str]:
-    """The environment of a training process: one thread, for bits that do not depend on the machine's cores."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def run_training(config: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run the training command to its end."""
-    return subprocess.run(
-        training_command(config, *arguments),
-        cwd=cwd,
-        env=training_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def run_training(config: Path, *arguments: str, cwd: Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run the training command to its end, in a forked process, or in one for each rank."""
+    return forked.run(*train_command(config, arguments, to_run=True)[1:], cwd=cwd, ranks=ranks)

@@ -5,13 +5,14 @@ import subprocess
 import sys
 
 from benchmarks import report
-from benchmarks.tiny_run import ROOT, training_environment
+from benchmarks.forked import environment
+from benchmarks.tiny_run import ROOT
 
 
 def run(*words: str) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts/benchmark.py"), *words],
-        env=training_environment(),
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.tiny_run import ROOT, training_environment
+from benchmarks import forked
+from benchmarks.tiny_run import ROOT
 from spattn_olmoe.cluster import FAIL, OK, WARN, Row, check_node, merge
 from spattn_olmoe.cluster.node import checkpoints_kept
 from spattn_olmoe.train import load_experiment
@@ -76,9 +75,8 @@ def test_machines_that_differ_are_named():
 
 
 def test_a_job_of_two_processes_prints_one_table_and_fails_as_one(tiny_yaml: Path, here: Path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, str(ROOT / "scripts/check_env.py"), "--config", str(tiny_yaml), "dataset.paths=[nowhere]"]
-    done = subprocess.run(command, cwd=here, env=training_environment(), capture_output=True, text=True, timeout=200)
+    script = str(ROOT / "scripts/check_env.py")
+    done = forked.run(script, "--config", str(tiny_yaml), "dataset.paths=[nowhere]", cwd=here, ranks=2)
     assert done.returncode == 1
     assert done.stdout.count("┃ check") == 1
     assert re.search(r"all-reduce +│ ok +│ gloo over 2 processes", done.stdout)

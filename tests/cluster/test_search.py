@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 
-from benchmarks.tiny_run import ROOT, training_environment
+from benchmarks import forked
+from benchmarks.tiny_run import ROOT
 from spattn_olmoe.cluster import Layout, memory, plan
 from spattn_olmoe.cluster.memory import USABLE
 from spattn_olmoe.machine import GPUS, gpu_hours
@@ -68,8 +67,8 @@ def test_what_cannot_be_planned_is_one_line_with_a_remedy(gpus: int, gpu: str, w
 
 
 def test_the_command_prints_the_plan_and_the_command_that_starts_it():
-    command = [sys.executable, str(ROOT / "scripts/plan.py"), "--config", str(LARGE), "--gpus", "16", "--gpu", "h100"]
-    done = subprocess.run(command, env=training_environment(), capture_output=True, text=True, timeout=120)
+    command = (str(ROOT / "scripts/plan.py"), "--config", str(LARGE), "--gpus", "16", "--gpu", "h100")
+    done = forked.run(*command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     last = done.stdout.rstrip().splitlines()[-1]
     assert last.startswith("torchrun --nnodes=2 --nproc_per_node=8") and str(LARGE) in last

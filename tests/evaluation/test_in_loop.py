@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from olmo_core.exceptions import OLMoConfigurationError
 
-from benchmarks.tiny_run import training_command, training_environment
+from benchmarks.forked import environment
+from spattn_olmoe.commands import train_command
 from spattn_olmoe.data import Manifest
 from spattn_olmoe.model import apply_remedies
 from spattn_olmoe.model.checkpoint import Checkpoint
@@ -151,17 +152,13 @@ def test_evaluation_changes_nothing_of_training_nor_of_resuming(whole, train, tm
 
 def test_two_ranks_log_the_same_to_the_file_and_to_wandb(tiny_yaml, overrides, held_out_data, tiny_data, tmp_path):
     pytest.importorskip("wandb")
-    command = training_command(
-        tiny_yaml,
-        *overrides,
+    more = (
         f"train_module.rank_microbatch_size={LENGTH}",
         "trainer.callbacks.wandb.enabled=true",
         "trainer.callbacks.wandb.mode=offline",
     )
-    launcher = [command[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        launcher + command[1:], cwd=tmp_path, env=training_environment(), capture_output=True, text=True, timeout=300
-    )
+    command = train_command(tiny_yaml, [*overrides, *more], ranks=2, to_run=True)
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     (run,) = (tmp_path / "runs").iterdir()
     metrics = read_metrics(run)
@@ -216,7 +213,7 @@ check(load_experiment(sys.argv[1], sys.argv[2:]))
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(tiny_yaml), *overrides],
-        env={**training_environment(), "HF_HUB_OFFLINE": os.environ["HF_HUB_OFFLINE"]},
+        env={**environment(), "HF_HUB_OFFLINE": os.environ["HF_HUB_OFFLINE"]},
         capture_output=True,
         text=True,
         timeout=300,

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from olmo_core.distributed.utils import get_world_size
 
-from benchmarks.tiny_run import ROOT, training_environment
+from benchmarks.forked import environment
+from benchmarks.tiny_run import ROOT
 from spattn_olmoe import ranks
 
 SCRIPT = str(ROOT / "scripts/evaluate.py")
@@ -23,7 +24,7 @@ def python(*words: str, cwd: Path, expect: int = 0) -> subprocess.CompletedProce
     done = subprocess.run(
         [sys.executable, *words],
         cwd=cwd,
-        env={**training_environment(), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
+        env={**environment(), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=300,

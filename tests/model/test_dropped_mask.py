@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from benchmarks.tiny import HEADS, VOCAB, tiny, torchrun
+from benchmarks.tiny import HEADS, VOCAB, on_ranks, tiny
 from spattn_olmoe import build_pattern
 from spattn_olmoe.model import apply_remedies, with_attention
 from spattn_olmoe.patterns import VARIANTS
@@ -94,7 +94,7 @@ def test_exported(exported, section, cached, monkeypatch):  # noqa: F811
 
 
 def test_ulysses(tmp_path):
-    torchrun(2, SCRIPT, str(tmp_path / "wrong.json"))
+    on_ranks(2, SCRIPT, str(tmp_path / "wrong.json"))
     found = json.loads((tmp_path / "wrong.json").read_text())
     assert found["correct"] == []
     assert found["heads forgotten"] != []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -20,7 +22,8 @@ from olmo_core.nn.attention.base import SequenceMixerConfig
 from olmo_core.nn.layer_norm import LayerNormConfig
 from olmo_core.nn.rope import RoPEConfig
 
-from benchmarks.tiny import run_python, tiny
+from benchmarks.forked import environment
+from benchmarks.tiny import tiny
 from spattn_olmoe import build_pattern
 from spattn_olmoe.kernels import flex, strips
 from spattn_olmoe.model import PatternAttention, PatternAttentionConfig, mixer, with_attention
@@ -99,7 +102,8 @@ from olmo_core.nn.transformer import TransformerConfig
 model = TransformerConfig.from_dict(json.loads(sys.argv[1])).build()
 print("RESULT", [repr(model.blocks[str(i)].attention.pattern) for i in range(2)])
 """
-    done = run_python(code, json.dumps(model.as_config_dict()))
+    command = [sys.executable, "-c", code, json.dumps(model.as_config_dict())]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr
     there = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
     here = [repr(model.build().blocks[str(i)].attention.pattern) for i in range(2)]

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from olmo_core.nn.moe.mlp import DroplessMoEMLP
 from olmo_core.nn.moe.router import MoELinearRouter
 
-from benchmarks.tiny import BASE, TINY, run_python, tiny, torchrun
+from benchmarks import forked
+from benchmarks.tiny import BASE, ROOT, TINY, on_ranks, tiny
 from spattn_olmoe.model import apply_remedies
 from spattn_olmoe.model.remedies import (
     REMEDIES,
@@ -39,7 +40,7 @@ def test_another_release_is_left_alone(monkeypatch, remedy):
 
 
 def test_the_page_names_every_remedy():
-    page = (Path(__file__).parents[2] / "docs/olmo_core_bugs.md").read_text()
+    page = (ROOT / "docs/olmo_core_bugs.md").read_text()
     assert not [remedy for remedy in REMEDIES if f"`{remedy.__name__.rpartition('.')[2]}`" not in page]
 
 
@@ -76,7 +77,7 @@ except Exception as error:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU its kernels exist, and fail in other ways")
 def test_stock_dropless_moe_fails_on_a_cpu():
-    stock, remedied = (run_python(MOE, which) for which in ("stock", "remedied"))
+    stock, remedied = (forked.run("-c", MOE, which, cwd=ROOT) for which in ("stock", "remedied"))
     assert "RESULT trained" in remedied.stdout, remedied.stderr
     assert "RESULT " in stock.stdout, stock.stderr
     assert "RESULT trained" not in stock.stdout, "OLMo-core no longer needs the remedy for dropless MoE on a CPU"
@@ -246,7 +247,7 @@ SYMPTOMS = {
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU its streams exist, and fail in other ways")
 def test_a_step_of_the_stack_ddp_needs_each_remedy(tmp_path):
-    done = run_python(DDP_STEP, str(tmp_path / "store"), *SYMPTOMS)
+    done = forked.run("-c", DDP_STEP, str(tmp_path / "store"), *SYMPTOMS, cwd=ROOT)
     found = dict(line.split(" ", 2)[1:] for line in done.stdout.splitlines() if line.startswith("RESULT "))
     assert found.keys() == SYMPTOMS.keys(), done.stderr
     for without, symptom in SYMPTOMS.items():
@@ -319,7 +320,7 @@ def test_the_work_of_stock_experts_grows_with_their_square():
     """Numbers written in a step of 1024 rows, by 8 and by 64 experts whose weights are nearly nothing."""
     growth = {}
     for which in ("stock", "remedied"):
-        done = run_python(WRITTEN, which)
+        done = forked.run("-c", WRITTEN, which, cwd=ROOT)
         few, many = (int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("RESULT"))
         growth[which] = many / few
     assert growth["remedied"] < 1.5
@@ -333,7 +334,7 @@ def test_the_work_of_stock_experts_grows_with_their_square():
 def gradients(tmp_path_factory):
     out = tmp_path_factory.mktemp("gradients") / "out.pt"
     common = [*TINY, "attention.type=standard", "model.block.feed_forward_moe.lb_loss_granularity=instance"]
-    torchrun(2, Path(__file__).with_name("remedy_worker.py"), str(BASE), str(out), *common)
+    on_ranks(2, Path(__file__).with_name("remedy_worker.py"), str(BASE), str(out), *common)
     return torch.load(out)
 
 

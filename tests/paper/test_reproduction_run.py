@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tiny_run import ROOT, training_environment
+from benchmarks.forked import environment
+from benchmarks.tiny_run import ROOT
 from spattn_olmoe.data import DataConfig, SourceConfig, TokenizerSection, prepare
 from spattn_olmoe.paper.comparison import Comparison
 from spattn_olmoe.paper.train_and_evaluate import only_one
@@ -52,7 +53,7 @@ def start(words: list[str], cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(ROOT / "scripts/reproduce.py"), *words],
         cwd=cwd,
-        env=training_environment(),
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

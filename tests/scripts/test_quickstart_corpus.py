@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.tiny_run import ROOT, training_environment
+from benchmarks.forked import environment
+from benchmarks.tiny_run import ROOT
 
 
 def write_stdlib_corpus(folder: Path) -> list[Path]:
     command = [sys.executable, str(ROOT / "scripts/quickstart_corpus.py"), str(folder)]
-    done = subprocess.run(command, env=training_environment(), capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=True)
     files = [Path(line.split()[0]) for line in done.stdout.splitlines()]
     assert files == sorted(folder.glob("*.jsonl"), key=files.index) and files
     return files

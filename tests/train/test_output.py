@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tiny_run import run_training, training_command, training_environment
+from benchmarks.forked import environment
+from benchmarks.tiny_run import run_training
+from spattn_olmoe.commands import train_command
 
 TWENTY = ("trainer.max_duration.value=20", "trainer.metrics_collect_interval=1")
 
@@ -35,7 +37,7 @@ def in_terminal(command: list[str], cwd: Path) -> tuple[int, str]:
     """Exit code and output of a command whose standard output and error are a terminal."""
     ours, theirs = pty.openpty()
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-    env = {**training_environment(), "TERM": "xterm-256color"}
+    env = {**environment(), "TERM": "xterm-256color"}
     process = subprocess.Popen(command, cwd=cwd, env=env, stdout=theirs, stderr=theirs)
     os.close(theirs)
     shown = bytearray()
@@ -86,7 +88,7 @@ def test_verbose_shows_it_all_and_a_finished_run_says_so(tiny_yaml: Path, piped)
 
 
 def test_a_terminal_gets_a_bar(tiny_yaml: Path, tmp_path: Path):
-    command = training_command(tiny_yaml, "attention.type=spattention", *TWENTY)
+    command = train_command(tiny_yaml, ["attention.type=spattention", *TWENTY], to_run=True)
     code, shown = in_terminal(command, tmp_path)
     assert code == 0, shown
     plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown)
@@ -112,7 +114,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_an_error_under_the_bar_shows_its_traceback(tiny_yaml: Path, tmp_path: Path):
-    python, *arguments = training_command(tiny_yaml, "attention.type=spattention", *TWENTY)
+    python, *arguments = train_command(tiny_yaml, ["attention.type=spattention", *TWENTY], to_run=True)
     code, shown = in_terminal([python, "-c", FAULT, *arguments], tmp_path)
     assert code == 1
     assert "ArithmeticError: the fifth step" in shown and "Traceback" in shown and "post_step" in shown

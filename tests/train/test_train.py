@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.tiny_run import ROOT, run_training, training_command, training_environment
+from benchmarks import forked
+from benchmarks.forked import environment
+from benchmarks.tiny_run import ROOT, run_training
+from spattn_olmoe.commands import train_command
 
 LOSS = "train/CE loss"
 
@@ -45,20 +50,27 @@ def test_a_run_logs_learns_and_checkpoints(unbroken: Path):
     assert mixer["pattern"]["local_sharing"] is True
 
 
+def train_until(reached: Callable[[], object], config: Path, *overrides: str, cwd: Path, number: int) -> int | None:
+    """Start a run, send it a signal as soon as something is so, and return its exit status."""
+    process = forked.start(
+        train_command(config, ["attention.type=spattention", *overrides], to_run=True)[1:], cwd / "log", cwd=cwd
+    )
+    deadline = time.monotonic() + 240
+    while not reached():
+        assert process.is_alive() and time.monotonic() < deadline, "it ended before it could be stopped"
+        time.sleep(0.01)
+    os.kill(process.pid or 0, number)
+    process.join(120)
+    return process.exitcode
+
+
 @pytest.mark.parametrize("after_step", [5, 9])
 def test_killed_and_started_again_it_is_the_same_run(tiny_yaml: Path, unbroken: Path, tmp_path: Path, after_step: int):
-    command = training_command(tiny_yaml, "attention.type=spattention")
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=training_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
     run = tmp_path / "runs/tiny-spattention"
-    deadline = time.monotonic() + 240
     # The step's checkpoint or a later one is complete once its last file is there.
-    while not any((run / f"step{step}/.metadata.json").exists() for step in range(after_step - after_step % 4, 13, 4)):
-        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    files = [run / f"step{step}/.metadata.json" for step in range(after_step - after_step % 4, 13, 4)]
+    status = train_until(lambda: any(file.exists() for file in files), tiny_yaml, cwd=tmp_path, number=signal.SIGKILL)
+    assert status == -signal.SIGKILL
     again = run_training(tiny_yaml, "attention.type=spattention", cwd=tmp_path)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "resuming from" in again.stdout
@@ -66,19 +78,15 @@ def test_killed_and_started_again_it_is_the_same_run(tiny_yaml: Path, unbroken: 
 
 
 def test_sigterm_saves_and_the_next_start_goes_on(tiny_yaml: Path, unbroken: Path, tmp_path: Path):
-    command = training_command(
-        tiny_yaml, "attention.type=spattention", "trainer.callbacks.checkpointer.ephemeral_save_interval=null"
-    )
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=training_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
     run = tmp_path / "runs/tiny-spattention"
-    deadline = time.monotonic() + 240
-    while not ((run / "metrics.jsonl").exists() and losses(run)):
-        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be stopped"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    status = train_until(
+        lambda: (run / "metrics.jsonl").exists() and losses(run),
+        tiny_yaml,
+        "trainer.callbacks.checkpointer.ephemeral_save_interval=null",
+        cwd=tmp_path,
+        number=signal.SIGTERM,
+    )
+    assert status == 128 + signal.SIGTERM
     again = run_training(tiny_yaml, "attention.type=spattention", cwd=tmp_path)
     assert again.returncode == 0, again.stderr[-3000:]
     assert losses(run) == losses(unbroken)
@@ -167,7 +175,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(
 ):
     overrides, needle = BAD[what]
     config = tiny_yaml if overrides is not None else tmp_path / "absent.yaml"
-    command = training_command(config, *(overrides or []))
+    command = train_command(config, overrides or [], to_run=True)
     monkeypatch.setattr(sys, "argv", command[1:])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
@@ -180,11 +188,8 @@ def test_bad_input_gets_one_line_and_exit_code_2(
 
 
 def test_bad_input_under_torchrun(tiny_yaml: Path, tmp_path: Path):
-    command = training_command(tiny_yaml, "train_module.dp_config=null")
-    launcher = [command[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        launcher + command[1:], cwd=tmp_path, env=training_environment(), capture_output=True, text=True, timeout=300
-    )
+    command = train_command(tiny_yaml, ["train_module.dp_config=null"], ranks=2, to_run=True)
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "train_module.dp_config" in errors[0]
@@ -192,10 +197,9 @@ def test_bad_input_under_torchrun(tiny_yaml: Path, tmp_path: Path):
 
 def asked(*arguments: str) -> list[str]:
     """The lines that a training command prints which starts nothing."""
-    command = training_command(ROOT / "configs/quickstart.yaml", *arguments)
-    return subprocess.run(
-        command, capture_output=True, text=True, check=True, env=training_environment()
-    ).stdout.splitlines()
+    done = run_training(ROOT / "configs/quickstart.yaml", *arguments, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 def test_a_dry_run_is_short_and_knows_a_gpus_memory_when_asked():
