@@ -16,11 +16,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 
 from spattn_olmoe import commands
+
+GRACE = 30.0
+"""Seconds from SIGTERM to SIGKILL, as torchrun's."""
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["benchmarks.preloaded"])
@@ -56,22 +60,27 @@ def start(
 def run(
     *argv: str, cwd: Path, env: Mapping[str, str] | None = None, ranks: int = 1, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end, as ``subprocess.run`` would; on several ranks without a launcher.
+    """Run a script to its end, as ``subprocess.run`` would; on several ranks as a launcher would: when one fails, all end.
 
-    :returns: exit status (of the first rank that failed), output and errors (of all ranks).
+    :returns: exit status (of the rank that failed first), output and errors (of all ranks).
     """
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         processes = [start(argv, out, err, cwd=cwd, env={**(env or {}), **rank}) for rank in ranks_of(ranks)]
-        deadline = time.monotonic() + timeout
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        late = [process for process in processes if process.exitcode is None]
-        for process in late:
+        deadline, status, running = time.monotonic() + timeout, 0, processes
+        while running and not status:
+            wait([process.sentinel for process in running], max(0.0, deadline - time.monotonic()))
+            ended = [process for process in running if not process.is_alive()]
+            running = [process for process in running if process.is_alive()]
+            status = next((process.exitcode for process in ended if process.exitcode), 0)
+            if not ended:
+                break
+        for process in running:
+            process.terminate() if status else process.kill()
+            process.join(GRACE)
             process.kill()
-        if late:
+        if running and not status:
             raise subprocess.TimeoutExpired(argv, timeout, out.read_bytes(), err.read_bytes())
-        status = next((process.exitcode for process in processes if process.exitcode), 0)
         return subprocess.CompletedProcess(argv, status, out.read_text(), err.read_text())
 
 

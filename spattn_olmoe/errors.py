@@ -8,12 +8,17 @@ import difflib
 import errno
 import logging
 import os
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 from .text import visible
+
+_RANK_0_FAILS_WITHIN = 15.0
+"""Seconds that the other ranks wait: how far apart ranks start on a busy machine."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -42,9 +47,18 @@ def user_errors() -> Iterator[None]:
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
-    """End the process with one line on standard error, which one rank alone prints."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"error: {' '.join(visible(message).split())}", file=sys.stderr, flush=True)
+    """End the process with one line on standard error, which rank 0 prints where it fails too.
+
+    A launcher ends all ranks when the first of them has ended. So the others leave it to rank 0 to be that one: had they
+    imported a little faster, it would be ended before its line is out. What they alone have met, they print themselves.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank != 0:
+        with contextlib.suppress(ValueError):  # outside the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the launcher ends a rank: there is nothing left to save
+        time.sleep(_RANK_0_FAILS_WITHIN)
+        message = f"rank {rank}: {message}"
+    print(f"error: {' '.join(visible(message).split())}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 

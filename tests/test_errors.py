@@ -1,0 +1,42 @@
+"""A user's error is one line, whatever ranks there are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from spattn_olmoe import errors
+from spattn_olmoe.commands import environment
+
+FAILS = """
+import signal
+from spattn_olmoe.errors import fail
+signal.signal(signal.SIGTERM, lambda *_: None)  # a run saves first
+print("up", flush=True)
+fail("no such thing")
+"""
+
+
+def test_a_rank_that_fails_first_leaves_the_line_to_rank_0():
+    env = {**environment(), "RANK": "1"}
+    rank_1 = subprocess.Popen([sys.executable, "-c", FAILS], env=env, stdout=-1, stderr=-1, text=True)
+    assert rank_1.stdout is not None and rank_1.stdout.readline() == "up\n"
+    deadline = time.monotonic() + errors._RANK_0_FAILS_WITHIN - 5
+    while rank_1.poll() is None and time.monotonic() < deadline:
+        rank_1.terminate()  # as the launcher does when rank 0 has ended
+        time.sleep(0.1)
+    assert rank_1.communicate(timeout=60)[1] == "" and rank_1.returncode == -15
+
+
+def test_what_one_rank_alone_has_met_is_its_own_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(errors, "_RANK_0_FAILS_WITHIN", 0.0)
+    monkeypatch.setattr(errors.signal, "signal", lambda *_: None)  # this process keeps its handlers
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit) as stopped:
+        errors.fail("no file\nhere")
+    assert stopped.value.code == 2 and capsys.readouterr().err == "error: rank 3: no file here\n"
