@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import wait
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
@@ -67,21 +67,32 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         processes = [start(argv, out, err, cwd=cwd, env={**(env or {}), **rank}) for rank in ranks_of(ranks)]
-        deadline, status, running = time.monotonic() + timeout, 0, processes
-        while running and not status:
-            wait([process.sentinel for process in running], max(0.0, deadline - time.monotonic()))
-            ended = [process for process in running if not process.is_alive()]
-            running = [process for process in running if process.is_alive()]
-            status = next((process.exitcode for process in ended if process.exitcode), 0)
-            if not ended:
-                break
-        for process in running:
-            process.terminate() if status else process.kill()
-            process.join(GRACE)
-            process.kill()
-        if running and not status:
+        status = wait(processes, timeout)
+        if status is None:
             raise subprocess.TimeoutExpired(argv, timeout, out.read_bytes(), err.read_bytes())
         return subprocess.CompletedProcess(argv, status, out.read_text(), err.read_text())
+
+
+def wait(ranks: Sequence[BaseProcess], timeout: float) -> int | None:
+    """The exit status of the rank that failed first, after which the others are ended as a launcher ends them; else 0.
+
+    :returns: None if not all have ended in time: then all are killed.
+    """
+    deadline, running, status = time.monotonic() + timeout, list(ranks), 0
+    while running and not status:
+        if not connection.wait([rank.sentinel for rank in running], max(0.0, deadline - time.monotonic())):
+            break
+        ended = [rank for rank in running if rank.exitcode is not None]
+        running = [rank for rank in running if rank not in ended]
+        status = next((rank.exitcode for rank in ended if rank.exitcode), 0)
+    late = bool(running) and not status
+    for rank in running:
+        if not late:
+            rank.terminate()
+            rank.join(GRACE)
+        rank.kill()
+        rank.join()
+    return None if late else status
 
 
 def ranks_of(n: int) -> list[dict[str, str]]:

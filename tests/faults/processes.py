@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.forked import ranks_of, start
+from benchmarks.forked import ranks_of, start, wait
 from benchmarks.tiny import BASE, ROOT, TINY, run_overrides
 
 SCRIPT = ROOT / "scripts" / "train.py"
@@ -91,11 +91,9 @@ class Run:
                 self.log = self._output.read_text(errors="replace")
 
     def wait(self, processes: list[Any]) -> int:
-        deadline = time.monotonic() + LIMIT
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-            assert process.exitcode is not None, f"still running:\n{self._output.read_text()[-3000:]}"
-        return next((p.exitcode for p in processes if p.exitcode), 0)
+        status = wait(processes, LIMIT)
+        assert status is not None, f"still running:\n{self._output.read_text()[-3000:]}"
+        return status
 
     def until(self, true: Callable[[], bool], process: Any) -> None:
         """Wait for something that the run does."""
