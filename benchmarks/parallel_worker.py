@@ -18,10 +18,10 @@ from olmo_core.nn.ddp import OLMoDDPModel
 from olmo_core.train import Trainer, prepare_training_environment, teardown_training_environment
 from olmo_core.train.train_module import OLMoDDPTrainModuleConfig
 
+from spattn_olmoe.metrics import read_metrics
 from spattn_olmoe.model import PatternAttention, apply_remedies
 from spattn_olmoe.train import ExperimentConfig, ddp, load_experiment
 from spattn_olmoe.train.layout import check_layout
-from spattn_olmoe.train.metrics import read_metrics
 from spattn_olmoe.train.run import build_trainer, check, check_resume, checkpoint_to_load, load
 from spattn_olmoe.train.shards import check_data
 

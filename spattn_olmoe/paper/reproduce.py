@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..machine import ASSUMED_MFU, GPUS, default_device, describe
+from ..metrics import METRICS_FILE
 from ..patterns import find_variant
-from ..train.metrics import METRICS_FILE
 from . import appendix, conversion, masks, page, report
 from .recall import command as recall
 from .recall.study import STUDIES
