@@ -28,7 +28,7 @@ import yaml
 from benchmarks.slurm_cluster import SlurmCluster, missing
 from benchmarks.tiny import BASE, ROOT, TINY, run_overrides, write_data
 from spattn_olmoe import machine
-from spattn_olmoe.train.metrics import curve, last_step
+from spattn_olmoe.metrics import curve, last_step
 
 STEPS = 400
 PATIENCE = 900.0

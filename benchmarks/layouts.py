@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,22 @@ DDP_LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
 }
 """Layouts of the stack ``ddp``, by the number of ranks. Experts lie on the ranks of data and context parallelism."""
 
+IN_BFLOAT16 = {
+    1: ("ddp",),
+    2: ("ddp", "ddp+ep", "ddp+ulysses", "pipeline", "pipeline, V"),
+    4: (
+        *("ddp+ep 2x2", "ddp+ulysses 2x2", "ddp+ep+ulysses, experts over 2"),
+        *("pipeline+ddp 2x2", "pipeline+ep 2x2", "pipeline+ulysses 2x2", "pipeline+ep+ulysses, V"),
+    ),
+}
+"""Those that are also trained in bfloat16: pipelines, and what of them is rounding by itself."""
+
+
+def rounded(layout: str) -> str:
+    """The name of a layout's run in bfloat16."""
+    return f"{layout}, bfloat16"
+
+
 KEYS = ("loss", "gradient norm", "load-balancing loss")
 Curve = list[list[float]]
 
@@ -182,34 +198,41 @@ def same_weights(folder: Path, overrides: Sequence[str]) -> dict[Stack, Path]:
     return {Stack.v1: v1, Stack.ddp: ddp}
 
 
-def in_bfloat16(layout: str) -> bool:
-    """Whether one of :data:`DDP_LAYOUTS` is measured in bfloat16: pipelines compute in nothing else."""
-    return "pipeline" in layout
-
-
 class BothStacks:
     """A model trained in the stack ``ddp`` and in v1, from the same weights over the same batches.
 
-    All is in float32, which shows differences to rounding, but what is :func:`in_bfloat16`.
+    In float32, which shows differences to rounding, and as :data:`IN_BFLOAT16` in what the new stack computes in.
     """
 
     def __init__(self, folder: Path, *overrides: str):
         self.folder = folder
         self.runs: dict[tuple[int, str], Path] = {}
-        """Where each was trained, by number of ranks and layout."""
-        self._overrides = (*VARIANTS["sharing"].overrides, FOUR_LAYERS, "trainer.load_trainer_state=false", *overrides)
+        """Where each was trained, by number of ranks and name."""
+        self._overrides = (
+            *VARIANTS["sharing"].overrides,
+            FOUR_LAYERS,
+            "trainer.load_trainer_state=false",
+            "trainer.callbacks.checkpointer.enabled=false",  # no_checkpoints would load none either
+            *overrides,
+        )
         self._start = same_weights(folder / "start", self._overrides)
 
-    def train(self, n_ranks: int, layouts: Mapping[str, Sequence[str]], *, timeout: float = 400) -> dict[str, Curve]:
-        """Curves by layout; on one rank also ``v1``, and the stack ``ddp`` in ``bfloat16``."""
-        runs = {name: self._of_ddp(layout, float32=not in_bfloat16(name)) for name, layout in layouts.items()}
+    def train(
+        self, n_ranks: int, float32: Sequence[str], bfloat16: Sequence[str] = (), *, timeout: float = 400
+    ) -> dict[str, Curve]:
+        """Curves of :data:`DDP_LAYOUTS` by name: of ``float32`` by the layout's, of ``bfloat16`` by :func:`rounded` of it.
+
+        On one rank also ``v1``.
+        """
+        layouts = DDP_LAYOUTS[n_ranks]
+        runs = {name: self._of_ddp(layouts[name], float32=True) for name in float32}
+        runs |= {rounded(name): self._of_ddp(layouts[name], float32=False) for name in bfloat16}
         if n_ranks == 1:
             runs["v1"] = {"overrides": [*self._overrides, f"trainer.load_path={self._start[Stack.v1]}"]}
-            runs["bfloat16"] = self._of_ddp((), float32=False)
         folder = self.folder / f"ranks{n_ranks}"
         for i, (name, run) in enumerate(runs.items()):
             self.runs[n_ranks, name] = folder / f"run{i}"
-            run["save_folder"] = str(folder / f"run{i}")  # without one nothing is loaded either
+            run["save_folder"] = str(folder / f"run{i}")
         return train(folder, n_ranks, runs, timeout=timeout)
 
     def _of_ddp(self, layout: Sequence[str], *, float32: bool) -> dict[str, Any]:

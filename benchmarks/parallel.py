@@ -15,13 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from olmo_core.exceptions import OLMoConfigurationError
 
 from benchmarks import layouts
-from benchmarks.layouts import DDP_LAYOUTS, KEYS, LAYOUTS, MICROBATCH, REFUSED, difference
+from benchmarks.layouts import DDP_LAYOUTS, IN_BFLOAT16, KEYS, LAYOUTS, MICROBATCH, REFUSED, difference, rounded
 from benchmarks.tiny import tiny
 from spattn_olmoe import machine
 from spattn_olmoe.model.stack import Stack
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         if args.stack != Stack.ddp:
             data |= {"run": machine.describe("cpu"), **measure()}
         if args.stack != Stack.v1:
-            data["ddp"] = {"run": machine.describe("cpu"), "layouts": measure_ddp()}
+            data["ddp"] = {"run": machine.describe("cpu"), **measure_ddp()}
         machine.write_json(RESULT, data)
     if not {"run", "ddp"} <= data.keys():
         raise ValueError(f"{RESULT} does not hold the layouts of both stacks: run the benchmark first")
@@ -103,17 +104,20 @@ def measure() -> dict[str, Any]:
     return {"layouts": rows, "refused": refused(), "local_batch": local, "resumed": resumed_rows}
 
 
-def measure_ddp() -> list[dict[str, Any]]:
-    """Every layout of the stack ``ddp`` against one rank: of v1, and of the same stack in bfloat16 for pipelines."""
+def measure_ddp() -> dict[str, list[dict[str, Any]]]:
+    """Every layout of the stack ``ddp``: in float32 against v1 on one rank, and some in bfloat16 against one rank in it."""
     with tempfile.TemporaryDirectory() as folder:
         stacks = layouts.BothStacks(Path(folder))
-        curves = {n: stacks.train(n, names, timeout=3000) for n, names in DDP_LAYOUTS.items()}
-    return [
-        {"ranks": n_ranks, "layout": name, "one rank": one, **_against(curves[1], one, found, name)}
-        for n_ranks, found in curves.items()
-        for name in DDP_LAYOUTS[n_ranks]
-        for one in ["bfloat16" if layouts.in_bfloat16(name) else "v1"]
-    ]
+        curves = {n: stacks.train(n, tuple(names), IN_BFLOAT16[n], timeout=3000) for n, names in DDP_LAYOUTS.items()}
+
+    def rows(one: str, tried: Mapping[int, Iterable[str]], run: Callable[[str], str] = str) -> list[dict[str, Any]]:
+        return [
+            {"ranks": n, "layout": name, **_against(curves[1], one, curves[n], run(name))}
+            for n, names in tried.items()
+            for name in names
+        ]
+
+    return {"layouts": rows("v1", DDP_LAYOUTS), "bfloat16": rows(rounded("ddp"), IN_BFLOAT16, rounded)}
 
 
 def _against(
@@ -140,7 +144,8 @@ def filled(page: str, data: dict[str, Any]) -> str:
     """The page with its tables made anew, each between two comments that name it."""
     for name, text in {
         "layouts": _layouts(data["layouts"]),
-        "ddp": _differences(data["ddp"]["layouts"], ("ranks", "layout", "one rank")),
+        "ddp": _differences(data["ddp"]["layouts"], ("ranks", "layout")),
+        "bfloat16": _differences(data["ddp"]["bfloat16"], ("ranks", "layout")),
         "refused": table(["layout", "error message"], [[row["layout"], row["reason"]] for row in data["refused"]], "l"),
         "local_batch": _differences(data["local_batch"], ("ranks", "layout")),
         "resumed": _differences(data["resumed"], ("run",)),

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import olmo_core.distributed.parallel as parallel
 import torch
@@ -17,11 +18,12 @@ from olmo_core.distributed.utils import get_rank, get_world_size
 from olmo_core.nn.ddp import OLMoDDPModel
 from olmo_core.train import Trainer, prepare_training_environment, teardown_training_environment
 from olmo_core.train.train_module import OLMoDDPTrainModuleConfig
+from olmo_core.train.train_module.transformer.pipeline.pipeline_stage import CustomPipelineStage as Stage
 
+from spattn_olmoe.metrics import read_metrics
 from spattn_olmoe.model import PatternAttention, apply_remedies
 from spattn_olmoe.train import ExperimentConfig, ddp, load_experiment
 from spattn_olmoe.train.layout import check_layout
-from spattn_olmoe.train.metrics import read_metrics
 from spattn_olmoe.train.run import build_trainer, check, check_resume, checkpoint_to_load, load
 from spattn_olmoe.train.shards import check_data
 
@@ -44,20 +46,25 @@ def forget_head_offsets(trainer: Trainer) -> None:
 def ddp_in_float32() -> Iterator[None]:
     """The stack ``ddp`` in float32, for differences that rounding would hide: upstream's class has it, its config has not.
 
-    Its optimiser cannot be sharded then.
+    Its optimiser cannot be sharded then, and stages of a pipeline have to be told what they hand each other.
     """
-    stock_dtype, stock_train_module = OLMoDDPModel._training_dtype, ddp.train_module
+    stock_dtype, stock_train_module, stock_stage = OLMoDDPModel._training_dtype, ddp.train_module, Stage.__init__
 
     def train_module(config: ExperimentConfig) -> OLMoDDPTrainModuleConfig:
         module = stock_train_module(config)
         module.optim.use_distributed = False
         return module
 
-    OLMoDDPModel._training_dtype, ddp.train_module = torch.float32, train_module
+    def stage(self: Stage, *args: Any, **kwargs: Any) -> None:
+        stock_stage(self, *args, **kwargs)
+        self.p2p_dtype = torch.float32
+
+    OLMoDDPModel._training_dtype, ddp.train_module, Stage.__init__ = torch.float32, train_module, stage  # type: ignore[method-assign]
     try:
         yield
     finally:
         OLMoDDPModel._training_dtype, ddp.train_module = stock_dtype, stock_train_module
+        Stage.__init__ = stock_stage  # type: ignore[method-assign]
 
 
 def train(base: str, overrides: list[str], forget: bool) -> list[list[float]]:

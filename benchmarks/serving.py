@@ -13,15 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-N, VOCAB, HEADS, NEW, TOLERANCE = 128, 512, 4, 16, 1e-4
+from benchmarks.exported import models
+from spattn_olmoe.patterns import VARIANTS
+
+NEW, TOLERANCE = 16, 1e-4
 PROMPTS = (150, 140, 97, 150, 20)  # tokens; the fourth shares the first one's beginning
 MODELS: dict[str, dict[str, Any]] = {
-    "exclusive bands": {"type": "spattention"},
-    "shared bands": {"type": "spattention", "local_sharing": True},
-    "layers differ": {"type": "spattention", "layers": [1]},
-    "longformer": {"type": "longformer"},
-    "bigbird": {"type": "bigbird"},
-    "dense": {"type": "standard"},
+    **{name: VARIANTS[name].section for name in ("dense", "exclusive", "sharing", "longformer", "bigbird")},
+    "layers_differ": {"type": "spattention", "layers": [1]},
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "one batch": {"enable_prefix_caching": False, "enable_chunked_prefill": False, "max_num_batched_tokens": 1024},
@@ -35,64 +34,25 @@ SETTINGS: dict[str, dict[str, Any]] = {
 RESULT = Path("benchmarks/results/cpu/serving.json")
 
 
-def folder_of(work: Path, name: str) -> Path:
-    return work / name.replace(" ", "-")
-
-
 def prepare(work: Path) -> None:
     """Checkpoints of random weights, their exports, and the prompts."""
     import torch
 
+    from benchmarks.tiny import EOS, PAD, VOCAB
+    from benchmarks.tiny_checkpoint import write_checkpoint
     from spattn_olmoe.errors import quiet
     from spattn_olmoe.model.checkpoint import Checkpoint
     from spattn_olmoe.model.hf.export import export
-    from spattn_olmoe.train.config import load_experiment
 
     quiet()
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(2, VOCAB, (n,), generator=generator).tolist() for n in PROMPTS]
+    prompts = [torch.randint(max(EOS, PAD) + 1, VOCAB, (n,), generator=generator).tolist() for n in PROMPTS]
     prompts[3][:100] = prompts[0][:100]
     (work / "prompts.json").write_text(json.dumps(prompts))
     for name, section in MODELS.items():
-        experiment = load_experiment("configs/quickstart.yaml", overrides(section, work))
-        write_checkpoint(folder_of(work, name) / "step1", experiment)
-        export(Checkpoint.open(folder_of(work, name) / "step1"), folder_of(work, name) / "exported")
-
-
-def overrides(section: dict[str, Any], work: Path) -> list[str]:
-    """The quickstart's model, smaller, with heads of 32: the smallest that vLLM has on a CPU."""
-    model = (
-        *("model.d_model=128", "model.n_layers=2", f"model.vocab_size={VOCAB}", f"dataset.sequence_length={N}"),
-        *(f"model.block.sequence_mixer.n_heads={HEADS}", "model.block.sequence_mixer.n_kv_heads=2"),
-        *(f"dataset.tokenizer.vocab_size={VOCAB}", f"dataset.tokenizer.identifier={work}/tokenizer.json"),
-    )
-    layers = {"attention.local_sharing": False} | {f"attention.{key}": value for key, value in section.items()}
-    return [*model, *(f"{key}={json.dumps(value)}" for key, value in layers.items())]
-
-
-def write_checkpoint(folder: Path, experiment: Any) -> None:
-    """A complete checkpoint whose random weights are large enough for attention to matter."""
-    import torch
-    from olmo_core.distributed.checkpoint import save_model_and_optim_state
-
-    from spattn_olmoe.data.tokenizer import train_tokenizer
-    from spattn_olmoe.model import apply_remedies
-    from spattn_olmoe.model.checkpoint_files import write_checksums
-    from spattn_olmoe.model.fingerprint import FILE_NAME, Fingerprint
-
-    apply_remedies()
-    config = experiment.model_with_attention()
-    model = config.build()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + noise * 0.1 if "norm" in name else noise * 0.15)
-    save_model_and_optim_state(folder, model)
-    (folder / "config.json").write_text(json.dumps(experiment.replace(model=config).as_config_dict()))
-    (folder / FILE_NAME).write_text(Fingerprint.of(config).to_json())
-    train_tokenizer([Path(__file__).read_text()], 300, folder / "tokenizer.json")
-    write_checksums(folder, rank=0, ranks=1)
+        folder = work / name
+        write_checkpoint(folder / "step1", section, n_kv_heads=2, d_model=128)  # vLLM's heads are 32 wide or more
+        export(Checkpoint.open(folder / "step1"), folder / "exported")
 
 
 def serve(work: Path) -> None:
@@ -105,10 +65,10 @@ def serve(work: Path) -> None:
     prompts = json.loads((work / "prompts.json").read_text())
     asked = SamplingParams(temperature=0, max_tokens=NEW, logprobs=0, prompt_logprobs=0, ignore_eos=True)
     found: dict[str, Any] = {"vllm": vllm.__version__, "runs": []}
-    for name in MODELS:
+    for folder in models(work):
         for setting, options in SETTINGS.items():
             llm = LLM(
-                model=str(folder_of(work, name) / "exported"),
+                model=str(folder / "exported"),
                 trust_remote_code=True,
                 dtype="float32",
                 enforce_eager=True,
@@ -122,7 +82,7 @@ def serve(work: Path) -> None:
                 llm.generate([{"prompt_token_ids": prompts[0]}], SamplingParams(temperature=0, max_tokens=1))
             outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], asked)
             answers = [answer(output) for output in outputs]
-            found["runs"].append({"model": name, "setting": setting, "answers": answers})
+            found["runs"].append({"model": folder.name, "setting": setting, "answers": answers})
             del llm
     (work / "served.json").write_text(json.dumps(found))
 
@@ -140,6 +100,7 @@ def compare(work: Path) -> None:
     """The native model's tokens and log-probabilities against vLLM's, into a result file."""
     import torch
 
+    from benchmarks.tiny_checkpoint import N
     from spattn_olmoe import machine
     from spattn_olmoe.errors import quiet
     from spattn_olmoe.model.checkpoint import Checkpoint
@@ -149,7 +110,7 @@ def compare(work: Path) -> None:
     served = json.loads((work / "served.json").read_text())
     rows = []
     for run in served["runs"]:
-        model = Checkpoint.open(folder_of(work, run["model"]) / "step1").load("cpu").model
+        model = Checkpoint.open(work / run["model"] / "step1").load("cpu").model
         same, worst = True, 0.0
         for ids, theirs in zip(prompts, run["answers"], strict=True):
             whole = torch.tensor([ids + theirs["tokens"]])

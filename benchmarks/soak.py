@@ -26,7 +26,7 @@ from benchmarks import arguments, forked
 from spattn_olmoe import machine
 from spattn_olmoe.commands import ROOT
 from spattn_olmoe.errors import whole
-from spattn_olmoe.train.metrics import curve, last_step
+from spattn_olmoe.metrics import curve, last_step
 
 LIMIT = 300.0
 """Seconds in which a process must get on by a step, or end."""

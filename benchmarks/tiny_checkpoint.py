@@ -21,12 +21,14 @@ N = 48
 """Band length and length of training."""
 
 
-def write_checkpoint(folder: Path, section: dict[str, Any], n_kv_heads: int | None = None) -> Transformer:
+def write_checkpoint(
+    folder: Path, section: dict[str, Any], n_kv_heads: int | None = None, d_model: int = 64
+) -> Transformer:
     """A complete checkpoint of random weights, large enough for attention to matter. Returns its model."""
     apply_remedies()
     data = write_data(folder.parent / "data")
     experiment = tiny(
-        "model.d_model=64",
+        f"model.d_model={d_model}",
         f"dataset.sequence_length={N}",
         f"dataset.tokenizer.identifier={data}/tokenizer.json",
         f"model.block.sequence_mixer.n_kv_heads={'null' if n_kv_heads is None else n_kv_heads}",

@@ -17,6 +17,7 @@ SUBCOMMANDS = {
     "attention": "ours against other kernels, under every distance mask",
     "soak": "a training run, disturbed at random moments: is the loss curve the same",
     "loading": "a checkpoint opened safely against OLMo-core's own loading",
+    "exporting": "memory and time of export_hf.py and import_hf.py by depth: of one layer or of all",
     "cluster": "a job of a real Slurm that everything happens to: is the loss curve the same",
     "memory": "the planner's memory model against real allocations of training, layout by layout",
     "gpu": "everything that takes a GPU, one part after another, resumable",

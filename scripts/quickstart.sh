@@ -30,6 +30,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(getconf _NPROCESSORS_ONLN)}"
 echo "== 3. pictures =="
 "$PY" scripts/plot_loss.py "$run" --out "$run/loss.png"
 "$PY" scripts/draw_masks.py --checkpoint "$run" --out "$run/masks.png"
+"$PY" scripts/compare.py "$run" --out "$run/report.html"
 
 prompt="Return the"
 echo "== 4. a sample: \"$prompt\" is the prompt, the rest is the model's =="
@@ -40,11 +41,12 @@ Done in $((SECONDS - started)) s, installation not counted.
   checkpoints   $run/step*
   loss          $run/loss.png and $run/metrics.jsonl
   masks         $run/masks.png: what each head of this model attends
+  a page        $run/report.html: all of it, to hover over and zoom into
   messages      $run/train.log
 
 Next:
   bash scripts/quickstart.sh attention.type=standard                  # dense attention, same data, same initial weights
   bash scripts/quickstart.sh attention.type=eball                     # any type of README's table
-  $PY scripts/plot_loss.py runs/quickstart-* --out loss.png           # compare them
+  $PY scripts/compare.py runs/quickstart-* --out report.html          # compare them
   $PY scripts/train.py --config configs/1b7b_spattn.yaml --dry-run    # what the real run would be
 END

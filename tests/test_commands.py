@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import runpy
 import shlex
@@ -11,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.tiny_run import ROOT
+from spattn_olmoe.train import load_experiment
+from spattn_olmoe.train.layout import check_layout
+from spattn_olmoe.train.run import check
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"^\s*(\w+=\S+ )*(python3?|bash|torchrun|pip|docker|kubectl|sbatch|mkdocs|git|\.venv/bin/\S+)\s")
@@ -39,6 +43,15 @@ def dry_runs() -> list[str]:
     """The command lines of all pages that only say what would be done: this test runs them."""
     lines = [line.partition(" #")[0].strip() for page in PAGES for line in page.read_text().splitlines()]
     return sorted({line for line in lines if COMMAND.match(line) and "--dry-run" in line and "..." not in line})
+
+
+def launches() -> list[str]:
+    """The command lines of all pages that train a config of ours, on a number of ranks."""
+    lines = [line.partition(" #")[0] for _, _, body in commands() for line in body.replace("\\\n", " ").splitlines()]
+    ours = (line for line in lines if line.startswith("torchrun") and "scripts/train.py" in line)
+    return sorted(
+        {" ".join(line.split()) for line in ours if "nproc" in line and not re.search(r"CONFIG|\.\.\.", line)}
+    )
 
 
 def test_every_command_is_run_by_a_test_or_marked_as_not_run():
@@ -73,3 +86,13 @@ def test_dry_runs_of_the_pages(line: str, monkeypatch, capsys):
     except SystemExit as end:
         assert not end.code, capsys.readouterr().err
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", launches())
+def test_launches_of_the_pages_have_layouts_that_fit_their_ranks(line: str, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line)
+    ranks = math.prod(int(n) for n in re.findall(r"--n(?:nodes|proc.per.node)=(\d+)", line))
+    config = load_experiment(words[words.index("--config") + 1], words[words.index("--config") + 2 :])
+    check(config)
+    check_layout(config, ranks)

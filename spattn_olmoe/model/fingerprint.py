@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
-
-from cached_path import cached_path
-from olmo_core.nn.transformer import TransformerConfig
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..json_files import read_json
 from ..patterns import build_pattern
-from .section import layer_patterns
+
+if TYPE_CHECKING:
+    from olmo_core.nn.transformer import TransformerConfig
 
 FILE_NAME = "attention.json"
 _LAYER = {"name": str, "n_heads": int, "band_length": int}
@@ -32,6 +32,8 @@ class Fingerprint:
     @classmethod
     def of(cls, model: TransformerConfig) -> Fingerprint:
         """The fingerprint of a model config with attention patterns."""
+        from .section import layer_patterns
+
         return cls(
             layers=tuple(pattern.to_config() for pattern in layer_patterns(model)),
             shape={key: getattr(model, key) for key in _SHAPE},
@@ -47,7 +49,7 @@ class Fingerprint:
         for folder in (checkpoint, str(checkpoint).rstrip("/").rpartition("/")[0]):
             path = f"{str(folder).rstrip('/')}/{FILE_NAME}"
             try:
-                data = read_json(cached_path(path), {"layers": [_LAYER], "shape": dict.fromkeys(_SHAPE, int)})
+                data = read_json(_local(path), {"layers": [_LAYER], "shape": dict.fromkeys(_SHAPE, int)})
             except FileNotFoundError:
                 continue
             except ValueError as error:
@@ -60,6 +62,18 @@ class Fingerprint:
                 raise ValueError(f"{path} is damaged ({len(found.layers)} layers): restore it")
             return found
         return None
+
+
+def _local(path: str) -> Path:
+    """A file here; one at a URL is fetched first.
+
+    :raises FileNotFoundError: there is none.
+    """
+    if "://" not in path:
+        return Path(path)
+    from cached_path import cached_path
+
+    return Path(cached_path(path))
 
 
 def _completed(layer: dict[str, Any]) -> dict[str, Any]:

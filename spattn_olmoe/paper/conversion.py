@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 
 from ..files import replace_file
 from ..machine import default_device, describe, made_on
+from ..metrics import read_metrics
 from ..settings import read
 from ..tables import plus_minus, table
 from ..train.config import load_experiment
-from ..train.metrics import read_metrics
 from .runs import Run, make_run, steps_of
 
 MASKS = ("dense", "sharing", "exclusive", "sharing/dense_last")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ..metrics import METRICS_FILE, read_metrics
 from ..text import figure_text
-from ..train.metrics import METRICS_FILE, read_metrics
 from .figures import check_out, save_figure
 
 LOSS = "train/CE loss"

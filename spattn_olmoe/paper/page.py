@@ -23,10 +23,10 @@ from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
 from ..json_files import read_json
+from ..metrics import METRICS_FILE, read_metrics
 from ..model.fingerprint import FILE_NAME, Fingerprint
 from ..patterns import Pattern, build_pattern
 from ..patterns.variants import mask_name
-from ..train.metrics import METRICS_FILE, read_metrics
 from . import masks
 from .loss_curves import LOSS
 

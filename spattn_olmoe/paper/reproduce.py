@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..machine import ASSUMED_MFU, GPUS, default_device, describe
+from ..metrics import METRICS_FILE
 from ..patterns import find_variant
-from . import appendix, conversion, masks, report
+from . import appendix, conversion, masks, page, report
 from .recall import command as recall
 from .recall.study import STUDIES
 from .runs import CONFIGS, SCALES, TABLES, Run, Scale, Table, cost, runs_of
@@ -47,6 +48,10 @@ def _table(args: argparse.Namespace, out: Path) -> None:
     results = _finish(args, scale, runs, args.target, out)
     for path in report.write(args.target, runs, results, scale, out):
         _say(str(path))
+    there = [run.folder for run in runs if (run.folder / METRICS_FILE).is_file()]  # results may have come without them
+    if there:
+        recall_file = out / "recall.json"
+        _say(str(page.write(there, out / f"{args.target}.html", recall=recall_file if recall_file.is_file() else None)))
 
 
 def _appendix_a(args: argparse.Namespace, out: Path) -> None:

@@ -25,8 +25,8 @@ from ..data import prepare
 from ..files import replace_file
 from ..json_files import read_json
 from ..machine import default_device, describe
+from ..metrics import METRICS_FILE, read_metrics
 from ..model.checkpoint_files import find_checkpoint
-from ..train.metrics import METRICS_FILE, read_metrics
 from . import held_out
 from .loss_curves import LOSS
 from .runs import Run, Scale, data_config, steps_of

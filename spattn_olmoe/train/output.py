@@ -28,6 +28,8 @@ NORMAL = re.compile(
     r"|No checkpoint found in save folder .* will train from scratch"
     r"|Grouped GEMM not available"
     r"|DTensor random operators may not have complete support on cpu device mesh"
+    r"|Skipping EP-MP high-priority group creation because backend is 'gloo'"
+    r"|FutureWarning: `?torch\.distributed\.[\w.]+`? is deprecated"
 )
 """Warnings of libraries about what is as it should be here: they go to the file alone."""
 

@@ -16,9 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
 from ..machine import peak_flops
+from ..metrics import METRICS_FILE, read_metrics
 from ..model.flops import flops_per_token
 from . import output
-from .metrics import METRICS_FILE, read_metrics, run_folder
+from .metrics import run_folder
 from .parts import model_parts
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from olmo_core.distributed.utils import get_rank
 from olmo_core.train.callbacks import WandBCallback
 
-from .metrics import METRICS_FILE
+from ..metrics import METRICS_FILE
 
 log = logging.getLogger(__name__)
 

@@ -17,12 +17,12 @@ from olmo_core.exceptions import OLMoConfigurationError
 from benchmarks.forked import environment
 from spattn_olmoe.commands import train_command
 from spattn_olmoe.data import Manifest
+from spattn_olmoe.metrics import read_metrics
 from spattn_olmoe.model import apply_remedies
 from spattn_olmoe.model.checkpoint import Checkpoint
 from spattn_olmoe.model.remedies import held_out_loss
 from spattn_olmoe.train import load_experiment
 from spattn_olmoe.train.evaluators import held_out_datasets, label_all_files
-from spattn_olmoe.train.metrics import read_metrics
 from spattn_olmoe.train.run import build_trainer, check
 from spattn_olmoe.train.shards import check_data
 

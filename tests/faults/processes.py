@@ -112,7 +112,7 @@ class Run:
     @property
     def curve(self) -> dict[int, tuple[float, float]]:
         """Loss and gradient norm by step, as far as the run has written them."""
-        from spattn_olmoe.train.metrics import curve
+        from spattn_olmoe.metrics import curve
 
         return curve(self.folder)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from spattn_olmoe.metrics import read_metrics
 from spattn_olmoe.model.checkpoint import Checkpoint
 from spattn_olmoe.model.convert import convert, verify
 from spattn_olmoe.model.stack import Stack
-from spattn_olmoe.train.metrics import read_metrics
 from tests.faults.injected import inject
 from tests.faults.processes import Run
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from spattn_olmoe.train.metrics import read_metrics
+from spattn_olmoe.metrics import read_metrics
 from spattn_olmoe.train.watch import BEHIND_METRIC, SLOWEST_METRIC, Heartbeat, Stragglers
 from tests.faults.injected import inject
 from tests.faults.processes import Run

@@ -22,7 +22,7 @@ from benchmarks.tiny_run import ROOT
 from spattn_olmoe.cluster import slurm
 from spattn_olmoe.cluster.launch import plan_run
 from spattn_olmoe.cluster.profile import Profile
-from spattn_olmoe.train.metrics import curve
+from spattn_olmoe.metrics import curve
 from tests.faults.injected import inject
 from tests.faults.processes import Run, command
 

@@ -87,7 +87,7 @@ def test_killed_and_started_again_it_goes_on(words, reproduce, tmp_path: Path):
     report = (tmp_path / "out/table3.md").read_text()
     assert "eball and exclusive have the same masks: every loss of theirs is the same to the last digit." in report
     assert results[0]["start"]["weights"][:12] in report
-    for name in ("table3-tiny-loss.png", "table3-tiny-context.png", "table3.csv"):
+    for name in ("table3-tiny-loss.png", "table3-tiny-context.png", "table3.csv", "table3.html"):
         assert (tmp_path / "out" / name).stat().st_size > 100
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/r*/**/*") if path.is_file()}

@@ -267,6 +267,8 @@ def test_a_config_of_the_new_stack_differs_from_its_base_in_the_stack_only(name)
     assert (ours["stack"], dp["name"], dp["param_dtype"]) == ("ddp", "ddp", "bfloat16")
     for key in ("attention", "model", "dataset", "data_loader"):
         assert json.loads(json.dumps(ours[key]).replace(ours["name"], theirs["name"])) == theirs[key], key
+    microbatches = [config["train_module"].pop("rank_microbatch_size") for config in (ours, theirs)]
+    assert microbatches[1] % microbatches[0] == 0
     for config in (ours, theirs):
         del config["train_module"]["dp_config"]
     assert json.loads(json.dumps(ours["train_module"]).replace(ours["name"], theirs["name"])) == theirs["train_module"]

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from spattn_olmoe.train.metrics import METRICS_FILE, MetricsFile, keep_steps, read_metrics
+from spattn_olmoe.metrics import METRICS_FILE, keep_steps, read_metrics
+from spattn_olmoe.train.metrics import MetricsFile
 
 
 def lines(*steps):

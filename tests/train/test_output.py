@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pty
 import re
@@ -16,6 +17,7 @@ import pytest
 from benchmarks.forked import environment
 from benchmarks.tiny_run import run_training
 from spattn_olmoe.commands import train_command
+from spattn_olmoe.train.output import Screen
 
 TWENTY = ("trainer.max_duration.value=20", "trainer.metrics_collect_interval=1")
 
@@ -76,6 +78,22 @@ def test_what_the_screen_leaves_out_is_in_the_log(piped):
         assert words in log and words not in text
     for line in text.splitlines():
         assert line in log
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("FutureWarning: `torch.distributed.all_gather_into_tensor` is deprecated. Please use another", False),
+        ("FutureWarning: torch.distributed.nn.functional.all_to_all_single is deprecated, use another", False),
+        ("FutureWarning: something else is deprecated", True),
+        ("Skipping EP-MP high-priority group creation because backend is 'gloo'", False),
+        ("Detected inconsistent metrics between ranks.", True),
+    ],
+)
+def test_warnings_of_libraries_about_their_own_affairs_are_left_to_the_log(message: str, shown: bool):
+    record = logging.LogRecord("py.warnings", logging.WARNING, "", 0, message, None, None)
+    assert Screen().filter(record) is shown
+    assert Screen(verbose=True).filter(record) is True
 
 
 def test_verbose_shows_it_all_and_a_finished_run_says_so(tiny_yaml: Path, piped):

@@ -13,10 +13,11 @@ from olmo_core.train.common import TrainingProgress
 
 from benchmarks.tiny import one_rank_overrides, tiny
 from spattn_olmoe.machine import peak_flops
+from spattn_olmoe.metrics import METRICS_FILE, read_metrics
 from spattn_olmoe.model import apply_remedies
 from spattn_olmoe.model.fingerprint import FILE_NAME, Fingerprint
 from spattn_olmoe.train.checkpoints import CheckpointFiles, SafeCheckpointer
-from spattn_olmoe.train.metrics import METRICS_FILE, MetricsFile, read_metrics
+from spattn_olmoe.train.metrics import MetricsFile
 from spattn_olmoe.train.progress import (
     MFU_IF_DENSE,
     Progress,

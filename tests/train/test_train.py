@@ -24,7 +24,7 @@ LOSS = "train/CE loss"
 
 
 def losses(run: Path) -> dict[int, float]:
-    from spattn_olmoe.train.metrics import read_metrics
+    from spattn_olmoe.metrics import read_metrics
 
     return {step: metrics[LOSS] for step, metrics in read_metrics(run).items() if LOSS in metrics}
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import forked
 from benchmarks.tiny import BASE, TINY, one_rank_overrides
-from spattn_olmoe.train.metrics import read_metrics
+from spattn_olmoe.metrics import read_metrics
 from spattn_olmoe.train.wandb import WandB
 
 LOSS = "train/CE loss"

@@ -63,7 +63,7 @@ def export(
     read = reader(checkpoint, shape)
     n_bytes = sum(torch.Size(s).numel() for s in shape.core().values()) * DTYPES[dtype].itemsize
     with complete_or_absent(to, n_bytes) as folder:
-        _write_weights(folder, shape, read, DTYPES[dtype])
+        write_weights(folder, shape, read, DTYPES[dtype])
         _write_settings(folder, config, tokenizer)
         pictures = _draw(folder, checkpoint, draw) if draw is not None else []
         (folder / "README.md").write_text(model_card(checkpoint, config, pictures))
@@ -80,7 +80,7 @@ def reader(checkpoint: Checkpoint, shape: Shape) -> Callable[[str], Tensor]:
     return weights.read
 
 
-def _write_weights(folder: Path, shape: Shape, read: Callable[[str], Tensor], dtype: torch.dtype) -> None:
+def write_weights(folder: Path, shape: Shape, read: Callable[[str], Tensor], dtype: torch.dtype) -> None:
     """One file for what precedes the layers, one a layer, one for what follows them; and the index."""
     groups: dict[str, list[str]] = {}
     for name in shape.core():

@@ -7,13 +7,17 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import distribution
+from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from benchmarks.tiny import VOCAB
+from benchmarks.tiny_run import ROOT
 from spattn_olmoe.model.checkpoint import Checkpoint
 from spattn_olmoe.model.hf import export as exporting
 from spattn_olmoe.model.hf.export import Published, export, verify
@@ -21,28 +25,47 @@ from spattn_olmoe.model.hf.export import Published, export, verify
 SHARED = {"type": "spattention", "local_sharing": True}
 
 ALONE = """
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("spattn_olmoe", "olmo_core"):
-            raise ImportError(name)
-sys.meta_path.insert(0, Blocked())
+import importlib.util, sys
+found = [name for name in ("spattn_olmoe", "olmo_core", "datasets", "sklearn") if importlib.util.find_spec(name)]
+assert not found, found
 import torch
 from transformers import AutoModelForCausalLM
-folder, ids, out = sys.argv[1:]
+folder, ids, out, root = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 with torch.no_grad():
     torch.save(model(torch.load(ids)).logits, out)
+sys.path.append(root)
+import spattn_olmoe.serving.vllm_plugin
 """
 
 
+def link_installed(to: Path, *names: str) -> None:
+    """Make a folder hold these distributions and all that they require, as if nothing else were installed."""
+    to.mkdir()
+    left, seen = list(names), set()
+    while left:
+        found = distribution(left.pop())
+        if found.metadata["Name"] in seen:
+            continue
+        seen.add(found.metadata["Name"])
+        for top in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
+            if not (to / top).exists():
+                (to / top).symlink_to(found.locate_file(top))
+        needed = map(Requirement, found.requires or ())
+        left += [one.name for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+
+
 @torch.no_grad()
-def test_it_stands_alone(exported, tmp_path):
+def test_it_stands_alone_and_serving_needs_no_olmo_core(exported, tmp_path):
+    """Where torch and transformers are installed and nothing else; then this package beside them, without OLMo-core."""
     pair = exported(SHARED)
     ids = torch.randint(2, VOCAB, (2, 60), generator=torch.Generator().manual_seed(2))
     torch.save(ids, tmp_path / "ids.pt")
-    command = [sys.executable, "-c", ALONE, str(pair.folder), str(tmp_path / "ids.pt"), str(tmp_path / "logits.pt")]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True)
+    link_installed(tmp_path / "site", "torch", "transformers")
+    files = [pair.folder, tmp_path / "ids.pt", tmp_path / "logits.pt", ROOT]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-S", "-c", ALONE, *map(str, files)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), pair.native(ids), atol=1e-5, rtol=1e-5)
 
