@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from olmo_core.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, MetadataIndex
 
 _INDEX_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
@@ -55,9 +55,20 @@ class UnsafeFileError(ValueError):
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):  # how Python 3.11.0 to 3.11.3 pickle the member of an enum
+            return _enum_member
         if name not in _INDEX_CLASSES.get(module, ()):
             raise UnsafeFileError(f".metadata asks for {module}.{name}, which no index of a checkpoint needs")
         return super().find_class(module, name)
+
+
+def _enum_member(kind: Any, name: Any) -> Any:
+    """``getattr`` of an index: a member of the only enum there, and nothing else."""
+    if kind is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise UnsafeFileError(
+            f".metadata asks for the attribute {name!r} of {kind!r}, which no index of a checkpoint needs"
+        )
+    return _MEM_FORMAT_ENCODING[name]
 
 
 def read_index(file: IO[bytes]) -> Metadata:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import io
 import json
 import pickle
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from benchmarks.tiny_run import run_training
 from spattn_olmoe.model.checkpoint import Checkpoint
@@ -185,3 +187,28 @@ def test_no_module_is_imported_for_a_name_in_a_checkpoint(
         Checkpoint.open(checkpoint).load()
     assert not (tmp_path / "it-ran").exists()
     assert len(str(refused.value).splitlines()) == 1
+
+
+class As3112(pickle.Pickler):
+    """Pickles members of enums as Python 3.11.0 to 3.11.3 do, Debian 12's among them."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, enum.Enum) else NotImplemented
+
+
+def test_an_index_that_another_python_wrote_is_read(trained: Path):
+    index = pickle.loads((trained / "model_and_optim/.metadata").read_bytes())
+    out = io.BytesIO()
+    As3112(out).dump(index)
+    assert b"getattr" in out.getvalue()
+    assert read_index(io.BytesIO(out.getvalue())) == index
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Metadata, "__init__"), (torch.Size, "count"), (Path, "touch")])
+def test_no_other_attribute_is_taken(kind: type, name: str):
+    class Attribute:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return getattr, (kind, name)
+
+    with pytest.raises(UnsafeFileError, match=name):
+        read_index(io.BytesIO(pickle.dumps(Attribute())))
