@@ -17,6 +17,9 @@ from typing import Any, NoReturn
 
 from .text import visible
 
+EXTRAS = {"lm_eval": "eval", "olmo_eval": "eval", "transformers": "hf", "safetensors": "hf", "wandb": "wandb"}
+"""Packages that a command may need and an installation may lack, and the extra that has them."""
+
 _RANK_0_FAILS_WITHIN = 15.0
 """Seconds that the other ranks wait: how far apart ranks start on a busy machine."""
 
@@ -31,8 +34,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def user_errors() -> Iterator[None]:
     """Report a user error as one line and exit with status 2.
 
-    User errors are ValueError, OLMo-core's errors of configuration and environment, and files that cannot be opened or
-    written. Anything else is a defect and keeps its traceback.
+    User errors are ValueError, OLMo-core's errors of configuration and environment, files that cannot be opened or
+    written, and extras that are not installed. Anything else is a defect and keeps its traceback.
     """
     # OLMo-core looks for kernels that nothing here uses, and warns where they are not installed.
     logging.getLogger("olmo_core.nn.attention.te_attn_api").setLevel(logging.ERROR)
@@ -43,7 +46,7 @@ def user_errors() -> Iterator[None]:
     except Exception as error:
         if not _is_users(error):
             raise
-        fail(str(error))
+        fail(str(error) if not isinstance(error, ModuleNotFoundError) else _install(str(error.name)))
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
@@ -117,7 +120,14 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process loads a checkpoint alone
 
 
+def _install(package: str) -> str:
+    extra = EXTRAS[package.partition(".")[0]]
+    return f'{package} is not installed: pip install -c constraints.txt -e ".[{extra}]"'
+
+
 def _is_users(error: Exception) -> bool:
+    if isinstance(error, ModuleNotFoundError):
+        return str(error.name).partition(".")[0] in EXTRAS
     if isinstance(error, OSError):  # of a named file, or of a full disk, which names none
         known = isinstance(error, (FileNotFoundError, PermissionError)) or error.errno == errno.ENOSPC
         return known or error.filename is not None

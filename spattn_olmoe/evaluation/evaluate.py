@@ -112,8 +112,9 @@ def _suite(args: argparse.Namespace, checkpoint: str, options: dict[str, Any]) -
     if offline:  # before anything imports datasets, which decides once
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     from . import report, scores
+    from .results import writable_folder, write, writing_to
 
-    folder = scores.writable_folder(args.out or Path(opened.path) / "evaluation")
+    folder = writable_folder(args.out or Path(opened.path) / "evaluation")
     with scores.task_manager(suite, offline) as manager:
         from .model import SPAttnLM
 
@@ -123,15 +124,15 @@ def _suite(args: argparse.Namespace, checkpoint: str, options: dict[str, Any]) -
         return
     stem = folder / suite.name
     print(report.markdown(results))
-    with scores.writing_to(folder):
-        scores.write(results, stem.with_name(f"{stem.name}.json"))
+    with writing_to(folder):
+        write(results, stem.with_name(f"{stem.name}.json"))
         print(*[stem.with_name(f"{stem.name}.json"), *report.write_tables(results, stem)], sep="\n")
 
 
 def _compare(args: argparse.Namespace) -> None:
     from .compare import compare
     from .report import comparison_markdown
-    from .scores import read, writable_folder, writing_to
+    from .results import read, writable_folder, writing_to
 
     a, b = (read(path) for path in args.compare)
     text = comparison_markdown(a, b, compare(a, b))
@@ -187,7 +188,7 @@ def _paired(
 
     from ..model.checkpoint import Checkpoint
     from .loss import HeldOut, check_documents
-    from .scores import writable_folder
+    from .results import writable_folder
 
     checkpoints = [Checkpoint.open(folder, follows_input=options.get("follows_input")) for folder in folders]
     folder = writable_folder(args.out or Path(checkpoints[0].path) / "evaluation")
@@ -232,7 +233,7 @@ def _write(results: dict[str, Any], markdown: Callable[[dict[str, Any]], str], f
     """Print results and write them as ``stem.json`` and ``stem.md``, on rank 0."""
     from olmo_core.distributed.utils import get_rank
 
-    from .scores import write, writing_to
+    from .results import write, writing_to
 
     if get_rank() != 0:
         return

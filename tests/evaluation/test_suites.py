@@ -14,6 +14,7 @@ from datasets import load_from_disk
 
 from benchmarks.tiny_run import ROOT
 from spattn_olmoe.evaluation import offline, scores
+from spattn_olmoe.evaluation import results as results_file
 from spattn_olmoe.evaluation.model import SPAttnLM
 from spattn_olmoe.evaluation.report import csv_text, markdown
 from spattn_olmoe.evaluation.suites import FULL_SIZE, SUITES, implied_stderr, suite_of_tasks
@@ -130,7 +131,7 @@ def test_table1_from_the_command_line_and_against_itself(checkpoint_of, tmp_path
     checkpoint = checkpoint_of("spattention", local_sharing=True)
     done = command("--checkpoint", checkpoint, "--limit", "1", "--out", "here", "follows_input=true")
     assert done.returncode == 0, done.stderr
-    results = scores.read(tmp_path / "here/table1.json")
+    results = results_file.read(tmp_path / "here/table1.json")
     assert results["follows_input"] is True and results["offline"] is True
     assert results["attention"][0]["local_sharing"] is True
     assert results["machine"]["versions"]["lm-eval"] and results["checkpoint"] == checkpoint
@@ -147,4 +148,4 @@ def test_table1_from_the_command_line_and_against_itself(checkpoint_of, tmp_path
 def test_results_of_another_kind_are_refused(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({"format": "something"}))
     with pytest.raises(ValueError, match="expected format"):
-        scores.read(tmp_path / "x.json")
+        results_file.read(tmp_path / "x.json")
