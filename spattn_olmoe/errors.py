@@ -20,6 +20,7 @@ from .text import visible
 EXTRAS = {"lm_eval": "eval", "olmo_eval": "eval", "transformers": "hf", "safetensors": "hf", "wandb": "wandb"}
 """Packages that a command may need and an installation may lack, and the extra that has them."""
 
+_INTERRUPTED = 128 + signal.SIGINT
 _RANK_0_FAILS_WITHIN = 15.0
 """Seconds that the other ranks wait: how far apart ranks start on a busy machine."""
 
@@ -42,7 +43,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        fail("interrupted", 130)
+        fail("interrupted", _INTERRUPTED)
     except Exception as error:
         if not _is_users(error):
             raise
@@ -56,9 +57,12 @@ def fail(message: str, status: int = 2) -> NoReturn:
     imported a little faster, it would be ended before its line is out. What they alone have met, they print themselves.
     """
     rank = int(os.environ.get("RANK", "0"))
+    if rank != 0 and status == _INTERRUPTED:  # as all ranks are, at the same moment
+        sys.exit(status)
     if rank != 0:
         with contextlib.suppress(ValueError):  # outside the main thread
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the launcher ends a rank: there is nothing left to save
+            for number in (signal.SIGTERM, signal.SIGINT):  # how a rank is ended: there is nothing left to save
+                signal.signal(number, signal.SIG_DFL)
         time.sleep(_RANK_0_FAILS_WITHIN)
         message = f"rank {rank}: {message}"
     print(f"error: {' '.join(visible(message).split())}", file=sys.stderr, flush=True)
@@ -120,9 +124,9 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process loads a checkpoint alone
 
 
-def _install(package: str) -> str:
-    extra = EXTRAS[package.partition(".")[0]]
-    return f'{package} is not installed: pip install -c constraints.txt -e ".[{extra}]"'
+def _install(module: str) -> str:
+    package = module.partition(".")[0]
+    return f'{package} is not installed: pip install -c constraints.txt -e ".[{EXTRAS[package]}]"'
 
 
 def _is_users(error: Exception) -> bool:

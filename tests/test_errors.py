@@ -42,6 +42,17 @@ def test_what_one_rank_alone_has_met_is_its_own_line(
     assert stopped.value.code == 2 and capsys.readouterr().err == "error: rank 3: no file here\n"
 
 
+def test_interrupted_ranks_end_at_once_and_one_of_them_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(errors.time, "sleep", lambda _: pytest.fail("it waits"))
+    for rank, printed in (("1", ""), ("0", "error: interrupted\n")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stopped, errors.user_errors():
+            raise KeyboardInterrupt
+        assert stopped.value.code == 130 and capsys.readouterr().err == printed
+
+
 def test_an_extra_that_is_missing_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(SystemExit) as stopped, errors.user_errors():
