@@ -87,9 +87,9 @@ def wait(ranks: Sequence[BaseProcess], timeout: float) -> int | None:
         status = next((rank.exitcode for rank in ended if rank.exitcode), 0)
     late = bool(running) and not status
     for rank in running:
-        if not late:
-            rank.terminate()
-            rank.join(GRACE)
+        rank.kill() if late else rank.terminate()
+    for rank in running:
+        rank.join(GRACE)
         rank.kill()
         rank.join()
     return None if late else status

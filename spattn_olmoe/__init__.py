@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .lazy import on_first_use
 
 if TYPE_CHECKING:
     from .kernels import attention
@@ -12,15 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = ["attention", "available_patterns", "build_pattern"]
 
-
-def __getattr__(name: str) -> Any:
-    # on first use, so that tokenising processes and --help do not pay for torch
-    if name == "attention":
-        from .kernels import attention
-
-        return attention
-    if name in ("available_patterns", "build_pattern"):
-        from . import patterns
-
-        return getattr(patterns, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# tokenising processes and --help do not pay for torch
+__getattr__ = on_first_use(
+    __name__, {"attention": "kernels", "available_patterns": "patterns", "build_pattern": "patterns"}
+)

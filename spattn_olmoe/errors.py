@@ -45,9 +45,10 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         fail("interrupted", _INTERRUPTED)
     except Exception as error:
-        if not _is_users(error):
+        line = _of_user(error)
+        if line is None:
             raise
-        fail(str(error) if not isinstance(error, ModuleNotFoundError) else _install(str(error.name)))
+        fail(line)
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
@@ -57,9 +58,9 @@ def fail(message: str, status: int = 2) -> NoReturn:
     imported a little faster, it would be ended before its line is out. What they alone have met, they print themselves.
     """
     rank = int(os.environ.get("RANK", "0"))
-    if rank != 0 and status == _INTERRUPTED:  # as all ranks are, at the same moment
-        sys.exit(status)
     if rank != 0:
+        if status == _INTERRUPTED:  # as all ranks are, at the same moment
+            sys.exit(status)
         with contextlib.suppress(ValueError):  # outside the main thread
             for number in (signal.SIGTERM, signal.SIGINT):  # how a rank is ended: there is nothing left to save
                 signal.signal(number, signal.SIG_DFL)
@@ -124,16 +125,16 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process loads a checkpoint alone
 
 
-def _install(module: str) -> str:
-    package = module.partition(".")[0]
-    return f'{package} is not installed: pip install -c constraints.txt -e ".[{EXTRAS[package]}]"'
-
-
-def _is_users(error: Exception) -> bool:
+def _of_user(error: Exception) -> str | None:
+    """What to tell of a user error; None of anything else."""
     if isinstance(error, ModuleNotFoundError):
-        return str(error.name).partition(".")[0] in EXTRAS
+        package = str(error.name).partition(".")[0]
+        extra = EXTRAS.get(package)
+        return extra and f'{package} is not installed: pip install -c constraints.txt -e ".[{extra}]"'
     if isinstance(error, OSError):  # of a named file, or of a full disk, which names none
         known = isinstance(error, (FileNotFoundError, PermissionError)) or error.errno == errno.ENOSPC
-        return known or error.filename is not None
-    by_name = ("OLMoConfigurationError", "OLMoEnvironmentError")  # without importing OLMo-core
-    return isinstance(error, ValueError) or type(error).__name__ in by_name
+        users = known or error.filename is not None
+    else:  # OLMo-core's by name, without importing it
+        by_name = ("OLMoConfigurationError", "OLMoEnvironmentError")
+        users = isinstance(error, ValueError) or type(error).__name__ in by_name
+    return str(error) if users else None

@@ -1,7 +1,8 @@
 """The plugin: attention patterns in OLMo-core's models."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import on_first_use
 
 if TYPE_CHECKING:
     from .mixer import PatternAttention, PatternAttentionConfig, PatternBackend
@@ -17,11 +18,14 @@ __all__ = [
     "with_attention",
 ]
 
-_MODULES = {"apply_remedies": "remedies", "attach": "section", "with_attention": "section"}
-
-
-def __getattr__(name: str) -> Any:
-    # on first use: whoever only reads what a checkpoint states does not wait for OLMo-core
-    if name in __all__:
-        return getattr(import_module(f".{_MODULES.get(name, 'mixer')}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = on_first_use(
+    __name__,
+    {
+        "PatternAttention": "mixer",
+        "PatternAttentionConfig": "mixer",
+        "PatternBackend": "mixer",
+        "apply_remedies": "remedies",
+        "attach": "section",
+        "with_attention": "section",
+    },
+)
