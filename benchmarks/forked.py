@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
@@ -53,8 +53,20 @@ def start(
     :param env: added to :func:`environment`.
     """
     process = _server.Process(target=_run, args=(list(argv), out, err or out, cwd or Path.cwd(), environment(env)))
+    _serve()
     process.start()
     return process
+
+
+def _serve() -> None:
+    """Start the server if it does not run. It finds what it preloads by the folder it is started in, and passes over what
+    it does not find: so it starts at the top of the checkout, wherever its caller is."""
+    folder = Path.cwd()
+    os.chdir(commands.ROOT)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(folder)
 
 
 def run(
@@ -108,15 +120,15 @@ def ranks_of(n: int) -> list[dict[str, str]]:
 
 def _run(argv: list[str], out: Path, err: Path, cwd: Path, env: dict[str, str]) -> None:
     """``python argv...`` in this process."""
-    assert "spattn_olmoe.train.run" in sys.modules  # multiprocessing passes over a preload that cannot be imported
+    for stream, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    assert "spattn_olmoe.train.run" in sys.modules, "the server did not import benchmarks.preloaded"
     os.setpgid(0, 0)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who starts this may run under nohup, and a child would inherit that
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    for stream, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     try:
         match argv:
             case "-m", module, *_:
