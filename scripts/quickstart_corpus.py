@@ -2,16 +2,19 @@
 
 The language reference (``pydoc_data.topics``), the licence, and the standard library's docstrings laid out much as
 ``help()`` does, in ``.jsonl`` files of ``{"text": ..., "id": ...}``. It is read from the library's source files,
-without running any, so the same interpreter always gives the same bytes.
+without running any, so the same interpreter always gives the same bytes. With ``--sources`` the source files themselves take
+the docstrings' place: several times as much text.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import itertools
 import json
 import os
 import sysconfig
+import tokenize
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +29,10 @@ _SHORTEST = 80
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
-def write_stdlib_corpus(folder: str | os.PathLike[str]) -> list[Path]:
+def write_stdlib_corpus(folder: str | os.PathLike[str], sources: bool = False) -> list[Path]:
     """Write the corpus, without duplicates and in an order of its own.
+
+    :param sources: source files in place of their docstrings. Never both: what one holds out the other would show.
 
     :returns: the files, a few MB together.
     :raises ValueError: the interpreter came without the sources of its library, or the folder cannot be written.
@@ -37,7 +42,8 @@ def write_stdlib_corpus(folder: str | os.PathLike[str]) -> list[Path]:
     written: list[Path] = []
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for name, documents in (("reference", _reference(library)), ("docstrings", _docstrings(library))):
+        main = ("sources", _sources(library)) if sources else ("docstrings", _docstrings(library))
+        for name, documents in (("reference", _reference(library)), main):
             lines = [json.dumps({"text": text, "id": i}) for i, text in documents if _is_new(text, seen)]
             if lines:
                 written.append(target / f"{name}.jsonl")
@@ -70,14 +76,29 @@ def _reference(library: Path) -> Iterator[tuple[str, str]]:
         yield "LICENSE.txt", licence.read_text(encoding="utf-8")
 
 
-def _docstrings(library: Path) -> Iterator[tuple[str, str]]:
-    """A document for each module's own docstring, each function's, and each class's with its methods'."""
+def _modules(library: Path) -> Iterator[tuple[str, Path, ast.Module]]:
+    """The name, file and syntax tree of every module."""
     for path in sorted(library.rglob("*.py")):
         inner = path.relative_to(library)
         tree = None if _SKIPPED & set(inner.parts) else _parse(path)
-        if tree is None:
-            continue
-        module = ".".join(inner.with_suffix("").parts).removesuffix(".__init__")
+        if tree is not None:
+            yield ".".join(inner.with_suffix("").parts).removesuffix(".__init__"), path, tree
+
+
+def _sources(library: Path) -> Iterator[tuple[str, str]]:
+    """Every file, cut where a function or class begins: documents of about the length of a sequence."""
+    for module, path, tree in _modules(library):
+        with tokenize.open(path) as file:  # in the encoding that it states
+            lines = file.readlines()
+        definitions = [node for node in tree.body if isinstance(node, Definition)]
+        starts = [min(n.lineno for n in (node, *node.decorator_list)) - 1 for node in definitions]
+        for start, end in itertools.pairwise([0, *starts, len(lines)]):
+            yield f"{module}:{start + 1}", "".join(lines[start:end])
+
+
+def _docstrings(library: Path) -> Iterator[tuple[str, str]]:
+    """A document for each module's own docstring, each function's, and each class's with its methods'."""
+    for module, _, tree in _modules(library):
         if own := ast.get_docstring(tree):
             yield module, f"module {module}\n\n{own}"
         for node in tree.body:
@@ -122,8 +143,10 @@ def _parse(path: Path) -> ast.Module | None:
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("folder", help="where to write the .jsonl files")
+    parser.add_argument("--sources", action="store_true", help="source files in place of their docstrings")
+    args = parser.parse_args()
     with user_errors():
-        files = write_stdlib_corpus(parser.parse_args().folder)
+        files = write_stdlib_corpus(args.folder, args.sources)
     for path in files:
         print(f"{path}  {path.stat().st_size:,} bytes")
 

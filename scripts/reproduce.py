@@ -5,6 +5,7 @@ python scripts/reproduce.py table1 --scale paper --dry-run
 python scripts/reproduce.py figure1
 python scripts/reproduce.py appendix_a
 python scripts/reproduce.py conversion --seeds 3
+python scripts/reproduce.py loss_by_tokens --seeds 3
 python scripts/reproduce.py throughput
 python scripts/reproduce.py recall --variants dense,sharing,exclusive steps=500
 
@@ -24,7 +25,8 @@ from spattn_olmoe import trust
 from spattn_olmoe.errors import Parser, quiet, user_errors, whole
 
 STUDIES = ("recall", "recall_two_hop", "copying", "selective_copying")
-TARGETS = ("table1", "table2", "table3", "figure1", "figure2", "appendix_a", "conversion", "throughput", *STUDIES)
+TABLES = ("table1", "table2", "table3")
+TARGETS = (*TABLES, "figure1", "figure2", "appendix_a", "conversion", "loss_by_tokens", "throughput", *STUDIES)
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:

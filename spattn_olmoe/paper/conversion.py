@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 
 from ..files import replace_file
 from ..machine import default_device, describe, made_on
-from ..metrics import read_metrics
 from ..settings import read
 from ..tables import plus_minus, table
 from ..train.config import load_experiment
+from . import held_out
 from .runs import Run, make_run, steps_of
 
 MASKS = ("dense", "sharing", "exclusive", "sharing/dense_last")
@@ -45,7 +45,7 @@ def plan(config: Path, *, seeds: int, out: Path, overrides: Sequence[str]) -> di
     if half < 1:
         raise ValueError(f"trainer.max_duration.value={steps}: conversion needs 2 steps or more, one before the switch")
     order = read(config, overrides)["data_loader"]["seed"]
-    common = [*overrides, *_held_out(config, overrides, max(1, steps // _EVALUATIONS))]
+    common = [*overrides, *held_out.in_loop(config, overrides, max(1, steps // _EVALUATIONS))]
 
     def stage(name: str, masks: Sequence[str], n_steps: int, own: Sequence[Sequence[str]]) -> list[Run]:
         wanted = [*common, f"trainer.max_duration.value={n_steps}"]
@@ -76,27 +76,7 @@ def _run(stage: str, mask: str, seed: int, config: Path, overrides: Sequence[str
     return replace(run, variant=mask)
 
 
-def _held_out(config: Path, overrides: Sequence[str], interval: int) -> list[str]:
-    """Overrides that measure the loss on the validation split beside the training data, from before the first step on."""
-    paths = [path.replace("train-", "validation-") for path in read(config, overrides)["dataset"]["paths"]]
-    evaluator = "trainer.callbacks.lm_evaluator"
-    return [
-        *(f"{evaluator}.enabled=true", f"{evaluator}.eval_on_startup=true", f"{evaluator}.eval_interval={interval}"),
-        f"{evaluator}.eval_dataset.paths=[{','.join(paths)}]",
-    ]
-
-
 # ---- results ---------------------------------------------------------------------------------------------------------
-
-
-def held_out_curve(run: Run) -> dict[int, float]:
-    """Held-out loss (nats a token) of a run by step, 0 before the first."""
-    return {
-        step: value
-        for step, metrics in read_metrics(run.folder).items()
-        for key, value in metrics.items()
-        if key.startswith("eval/lm/") and key.endswith("/CE loss")
-    }
 
 
 def measure(stages: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
@@ -106,7 +86,7 @@ def measure(stages: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     curves: dict[str, dict[str, list[dict[int, float]]]] = {}
     for stage, runs in stages.items():
         for run in runs:
-            by_tokens = {step * tokens: loss for step, loss in held_out_curve(run).items()}
+            by_tokens = {step * tokens: loss for step, loss in held_out.curve(run.folder).items()}
             curves.setdefault(stage, {}).setdefault(run.variant, []).append(by_tokens)
     switch = steps_of(before) * tokens
     return {"machine": describe(default_device()), "switch": switch, "curves": curves}

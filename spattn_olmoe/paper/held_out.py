@@ -1,8 +1,9 @@
-"""What is measured on held-out text once a run is trained."""
+"""What is measured on held-out text, while a run trains and once it is trained."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,36 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.loss import HeldOut, summarise, token_losses
+from ..metrics import read_metrics
 from ..model.checkpoint import Checkpoint
 from ..patterns import Pattern, build_pattern
+from ..settings import read
 
 _BATCH = 16
 _DIGITS = 6  # of losses in nats: far below what seeds differ by
 _SHORT = (8, 4, 2)  # prompts of so small a part of the length of training
 SHORTEST = 8
+
+
+def in_loop(config: Path, overrides: Sequence[str], interval: int) -> list[str]:
+    """Overrides that measure the loss on the validation split beside the training data, before the first step and at every
+    ``interval``."""
+    paths = [path.replace("train-", "validation-") for path in read(config, overrides)["dataset"]["paths"]]
+    evaluator = "trainer.callbacks.lm_evaluator"
+    return [
+        *(f"{evaluator}.enabled=true", f"{evaluator}.eval_on_startup=true", f"{evaluator}.eval_interval={interval}"),
+        f"{evaluator}.eval_dataset.paths=[{','.join(paths)}]",
+    ]
+
+
+def curve(folder: Path) -> dict[int, float]:
+    """Held-out loss (nats a token) of a run's folder by step, 0 before the first, as :func:`in_loop` measures it."""
+    return {
+        step: value
+        for step, metrics in read_metrics(folder).items()
+        for key, value in metrics.items()
+        if key.startswith("eval/lm/") and key.endswith("/CE loss")
+    }
 
 
 def measure(folder: Path) -> dict[str, Any]:

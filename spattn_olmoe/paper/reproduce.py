@@ -6,13 +6,14 @@ import argparse
 import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..machine import ASSUMED_MFU, GPUS, default_device, describe
 from ..metrics import METRICS_FILE
 from ..patterns import find_variant
-from . import appendix, conversion, masks, page, report
+from . import appendix, conversion, loss_by_tokens, masks, page, report
 from .recall import command as recall
 from .recall.study import STUDIES
 from .runs import CONFIGS, SCALES, TABLES, Run, Scale, Table, cost, runs_of
@@ -34,6 +35,8 @@ def main(args: argparse.Namespace) -> None:
         _appendix_a(args, out)
     elif args.target == "conversion":
         _conversion(args, out)
+    elif args.target == "loss_by_tokens":
+        _loss_by_tokens(args, out)
     else:
         figure = masks.figure_1() if args.target == "figure1" else masks.figure_2()
         _say(str(masks.save(figure, out / f"{args.target}.png")))
@@ -79,8 +82,7 @@ def _conversion(args: argparse.Namespace, out: Path) -> None:
         raise ValueError(f"conversion --scale {scale.name}: the paper has no such experiment; use --scale cpu or gpu")
     if args.variants:
         raise ValueError(f"--variants {args.variants}: conversion has its own ({', '.join(conversion.MASKS)})")
-    seeds = scale.seeds if args.seeds is None else args.seeds
-    stages = conversion.plan(config, seeds=seeds, out=out / "conversion", overrides=args.overrides)
+    stages = conversion.plan(config, seeds=_seeds(args, scale), out=out / "conversion", overrides=args.overrides)
     if args.dry_run:
         _print_dry_run([run for runs in stages.values() for run in runs], scale, args.target)
         return
@@ -90,11 +92,39 @@ def _conversion(args: argparse.Namespace, out: Path) -> None:
         _say(str(path))
 
 
+def _loss_by_tokens(args: argparse.Namespace, out: Path) -> None:
+    scale = SCALES[args.scale]
+    if args.scale == "cpu":
+        scale = replace(scale, config=loss_by_tokens.CONFIG, data=loss_by_tokens.DATA, scope=loss_by_tokens.SCOPE)
+    config = args.config or scale.config
+    if config is None:
+        raise ValueError(
+            f"{args.target} --scale {scale.name}: the paper has no such experiment; use --scale cpu or gpu"
+        )
+    chosen = _variants(args.variants) or loss_by_tokens.MASKS
+    runs = loss_by_tokens.plan(config, chosen, seeds=_seeds(args, scale), out=out, overrides=args.overrides)
+    if args.dry_run:
+        _print_dry_run(runs, scale, args.target)
+        return
+    _finish(args, scale, runs, args.target, out)
+    for path in loss_by_tokens.write(loss_by_tokens.measure(runs), out):
+        _say(str(path))
+
+
+def _seeds(args: argparse.Namespace, scale: Scale) -> int:
+    return scale.seeds if args.seeds is None else args.seeds
+
+
 def _runs(args: argparse.Namespace, scale: Scale, table: Table, out: Path, variants: Sequence[str] | None) -> list[Run]:
-    seeds = scale.seeds if args.seeds is None else args.seeds
-    if seeds < 1:
-        raise ValueError(f"--seeds {seeds}: must be at least 1")
-    return runs_of(table, scale, seeds=seeds, out=out, config=args.config, overrides=args.overrides, variants=variants)
+    return runs_of(
+        table,
+        scale,
+        seeds=_seeds(args, scale),
+        out=out,
+        config=args.config,
+        overrides=args.overrides,
+        variants=variants,
+    )
 
 
 def _finish(args: argparse.Namespace, scale: Scale, runs: list[Run], table: str, out: Path) -> list[dict[str, Any]]:

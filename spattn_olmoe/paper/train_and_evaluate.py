@@ -61,13 +61,17 @@ def suite_file(run: Run, scale: Scale, table: str) -> Path | None:
     return run.folder / "evaluation" / f"{table if scale.suite == 'table' else scale.suite}.json"
 
 
+CORPORA: dict[str, list[str]] = {"corpus": [], "sources": ["--sources"]}
+"""Folders of text that scripts/quickstart_corpus.py writes, and with which options."""
+
+
 def prepare_data(scale: Scale, say: Say) -> None:
     """Prepare a scale's text where it is not prepared yet."""
     config = data_config(scale)
     for source in config.sources:
         folder = Path(source.paths[0]).parent if source.paths else None
-        if folder and folder.name == "corpus" and not any(folder.glob("*.jsonl")):
-            command = script_command("quickstart_corpus", [str(folder)], to_run=True)
+        if folder and folder.name in CORPORA and not any(folder.glob("*.jsonl")):
+            command = script_command("quickstart_corpus", [str(folder), *CORPORA[folder.name]], to_run=True)
             subprocess.run(command, env=environment(), check=True)
     manifest = prepare(config)
     say(f"data: {config.output}, {manifest.train_tokens:,} tokens, {manifest.validation_tokens:,} held out")
