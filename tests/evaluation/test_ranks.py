@@ -11,25 +11,19 @@ from pathlib import Path
 import pytest
 from olmo_core.distributed.utils import get_world_size
 
-from benchmarks.forked import environment
+from benchmarks import forked
 from benchmarks.tiny_run import ROOT
 from spattn_olmoe import ranks
 
 SCRIPT = str(ROOT / "scripts/evaluate.py")
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 TASKS = ["--tasks", "copa,lambada_openai", "--limit", "7", "--batch-size", "4"]
 
 
-def python(*words: str, cwd: Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=cwd,
-        env={**environment(), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert (done.returncode == 0) == (expect == 0), done.stderr[-4000:]
+def python(*words: str, cwd: Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    done = forked.run(*words, cwd=cwd, env=OFFLINE, ranks=ranks)
+    assert done.returncode == 0, done.stderr[-4000:]
     return done
 
 
@@ -42,7 +36,7 @@ def alone(checkpoint_of, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def test_two_ranks_write_what_one_writes(checkpoint_of, alone, tmp_path):
-    done = python(*TORCHRUN, SCRIPT, "--checkpoint", checkpoint_of("gbhalf"), *TASKS, "--out", ".", cwd=tmp_path)
+    done = python(SCRIPT, "--checkpoint", checkpoint_of("gbhalf"), *TASKS, "--out", ".", cwd=tmp_path, ranks=2)
     together = json.loads((tmp_path / "tasks.json").read_text())
     assert (alone.pop("ranks"), together.pop("ranks")) == (1, 2)
     for results in (alone, together):  # when, how busy the machine was, and by which command
@@ -57,7 +51,7 @@ def test_two_ranks_measure_the_loss_that_one_measures(checkpoint_of, evaluate_co
     words = ["--checkpoint", checkpoint_of("gbhalf"), "--loss", "--data", str(held_out_data), "--limit", "13"]
     words += ["--batch-size", "3"]
     assert evaluate_command(*words, "--out", str(tmp_path / "one"))[0] == 0
-    python(*TORCHRUN, SCRIPT, *words, "--out", "two", cwd=tmp_path)
+    python(SCRIPT, *words, "--out", "two", cwd=tmp_path, ranks=2)
     one, two = (json.loads((tmp_path / name / "loss.json").read_text()) for name in ("one", "two"))
     assert [row["loss"] for row in one["checkpoints"][0]["loss"]] == pytest.approx(
         [row["loss"] for row in two["checkpoints"][0]["loss"]], rel=1e-7
@@ -66,7 +60,11 @@ def test_two_ranks_measure_the_loss_that_one_measures(checkpoint_of, evaluate_co
 
 def test_a_mistake_is_said_once_on_two_ranks(checkpoint_of, tmp_path):
     words = ["--checkpoint", checkpoint_of("gbhalf"), "--tasks", "coppa", "--out", "."]
-    done = python(*TORCHRUN, SCRIPT, *words, cwd=tmp_path, expect=1)
+    env = {**forked.environment(), **OFFLINE}
+    done = subprocess.run(
+        [*TORCHRUN, SCRIPT, *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "did you mean 'copa'?" in errors[0]
 

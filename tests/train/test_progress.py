@@ -27,7 +27,7 @@ from spattn_olmoe.train.progress import (
     summary_of_losses,
 )
 from spattn_olmoe.train.run import build_trainer
-from tests.train.test_metrics import lines
+from tests.test_metrics import lines
 
 LOSS = "train/CE loss"
 
