@@ -50,4 +50,6 @@ def no_job_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
         cluster = request.getfixturevalue("cluster")
         cluster.run("scancel", "--user=root", "--signal=KILL", "--full", check=False)
         cluster.run("scancel", "--user=root", check=False)
-        cluster.wait(lambda: cluster.run("squeue", "--noheader") == "", "an empty queue", 180)  # Slurm's KillWait and more
+        cluster.wait(
+            lambda: cluster.run("squeue", "--noheader") == "", "an empty queue", 180
+        )  # Slurm's KillWait and more
