@@ -47,9 +47,10 @@ def test_the_report_of_throughput_is_that_of_its_results():
     assert throughput.markdown(results) == (RESULTS / "throughput.md").read_text()
 
 
-def test_the_report_of_recall_is_that_of_its_results():
-    results = json.loads((RESULTS / "recall.json").read_text())
-    assert recall_report.markdown("recall", results) == (RESULTS / "recall.md").read_text()
+@pytest.mark.parametrize("folder", ["", "recall_2500"])
+def test_the_report_of_recall_is_that_of_its_results(folder):
+    results = json.loads((RESULTS / folder / "recall.json").read_text())
+    assert recall_report.markdown("recall", results) == (RESULTS / folder / "recall.md").read_text()
 
 
 def test_the_report_of_conversion_is_that_of_its_results():
