@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 
 _MARKS = {"l": "---", "r": "---:"}
@@ -21,6 +22,11 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]], columns: str = "lr
 def plus_minus(value: float, error: float | None) -> str:
     """A value with its error, ``0.4956 +- 0.0140``; alone where the error is not known."""
     return f"{value:.4f}" if error is None else f"{value:.4f} +- {error:.4f}"
+
+
+def mean_of(values: Sequence[float]) -> str:
+    """The mean with the standard deviation; alone of one value."""
+    return plus_minus(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def interval(bounds: Sequence[float]) -> str:

@@ -8,7 +8,6 @@ measured on the way.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,12 +16,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..files import replace_file
 from ..machine import default_device, describe, made_on
 from ..settings import read
-from ..tables import plus_minus, table
+from ..tables import mean_of, table
 from ..train.config import load_experiment
 from . import held_out
+from .figures import save_study
 from .runs import Run, make_run, steps_of
 
 MASKS = ("dense", "sharing", "exclusive", "sharing/dense_last")
@@ -94,12 +93,7 @@ def measure(stages: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
 
 def write(results: Mapping[str, Any], out: Path) -> list[Path]:
     """``conversion.json``, ``conversion.md`` and ``conversion.png``."""
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"conversion.{ending}" for ending in ("json", "md", "png")]
-    replace_file(paths[0], (json.dumps(results, indent=1) + "\n").encode())
-    paths[1].write_text(markdown(results))
-    picture(results).savefig(paths[2], dpi=144)
-    return paths
+    return save_study("conversion", results, markdown(results), picture(results), out)
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -109,9 +103,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     body = []
     for mask, curves in after.items():
         losses = [list(curve.values()) for curve in curves]
-        cells = [_mean([run[place] for run in losses]) for place in (0, len(losses[0]) // 2, -1)]
-        less = _mean([run[-1] - other for run, other in zip(losses, dense, strict=True)])
-        ends = _mean([_end(curve) for curve in scratch[mask]])
+        cells = [mean_of([run[place] for run in losses]) for place in (0, len(losses[0]) // 2, -1)]
+        less = mean_of([run[-1] - other for run, other in zip(losses, dense, strict=True)])
+        ends = mean_of([_end(curve) for curve in scratch[mask]])
         body.append([f"`{mask}`", *cells, "" if mask == "dense" else less, ends])
     head = ["continued as", "at the switch", "half-way", "at the end", "the end less dense's", "from scratch, the end"]
     parts = [
@@ -129,10 +123,6 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 def _end(curve: Mapping[int, float]) -> float:
     return list(curve.values())[-1]
-
-
-def _mean(values: Sequence[float]) -> str:
-    return plus_minus(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def picture(results: Mapping[str, Any]) -> Figure:

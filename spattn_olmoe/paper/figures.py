@@ -1,9 +1,12 @@
-"""Pictures as files."""
+"""Pictures as files, and what goes with them."""
 
 from __future__ import annotations
 
 import io
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -36,3 +39,12 @@ def save_figure(figure: Figure, out: str | Path, *, dpi: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, data.getvalue())
     return path
+
+
+def save_study(name: str, results: Mapping[str, Any], page: str, figure: Figure, out: Path) -> list[Path]:
+    """What a study found: ``NAME.json``, its report ``NAME.md``, and ``NAME.png``."""
+    out.mkdir(parents=True, exist_ok=True)
+    data, report = out / f"{name}.json", out / f"{name}.md"
+    replace_file(data, (json.dumps(results) + "\n").encode())
+    replace_file(report, page.encode())
+    return [data, report, save_figure(figure, out / f"{name}.png", dpi=144)]

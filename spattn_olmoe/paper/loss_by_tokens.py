@@ -7,7 +7,6 @@ L(D) = E + A * D ** -alpha in the tokens D, the form of arXiv 2203.15556 at one 
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from matplotlib.figure import Figure
 from scipy import optimize, stats
 
 from ..evaluation.statistics import LEVEL
-from ..files import replace_file
 from ..machine import default_device, describe, made_on
-from ..tables import interval, plus_minus, table
+from ..tables import interval, mean_of, table
 from ..train.config import load_experiment
 from . import held_out
+from .figures import save_study
 from .runs import CONFIGS, Run, make_run, steps_of
 
 CONFIG = CONFIGS / "reproduce" / "cpu_long.yaml"
@@ -111,12 +110,7 @@ def measure(runs: Sequence[Run]) -> dict[str, Any]:
 
 def write(results: Mapping[str, Any], out: Path) -> list[Path]:
     """``loss_by_tokens.json``, ``loss_by_tokens.md`` and ``loss_by_tokens.png``."""
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"loss_by_tokens.{ending}" for ending in ("json", "md", "png")]
-    replace_file(paths[0], (json.dumps(results, indent=1) + "\n").encode())
-    paths[1].write_text(markdown(results))
-    picture(results).savefig(paths[2], dpi=144)
-    return paths
+    return save_study("loss_by_tokens", results, markdown(results), picture(results), out)
 
 
 def _by_tokens(results: Mapping[str, Any]) -> dict[str, list[dict[int, float]]]:
@@ -135,7 +129,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     marks = sorted({places[round(n * (len(places) - 1) / 4)] for n in range(5)})
     first, seeds = next(iter(curves)), len(next(iter(curves.values())))
 
-    losses = [[f"`{mask}`", *(_mean([c[m] for c in of_mask]) for m in marks)] for mask, of_mask in curves.items()]
+    losses = [[f"`{mask}`", *(mean_of([c[m] for c in of_mask]) for m in marks)] for mask, of_mask in curves.items()]
     apart = []
     for mask in list(curves)[1:]:
         measured = [[one[m] - other[m] for one, other in zip(curves[mask], curves[first], strict=True)] for m in marks]
@@ -145,7 +139,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         ]
         apart.append([f"`{mask}`", *(_difference(values) for values in [*measured, further])])
     parameters = [
-        [f"`{mask}`", *(_mean([getattr(f, name) for f in of_mask]) for name in ("E", "A", "alpha", "rms"))]
+        [f"`{mask}`", *(mean_of([getattr(f, name) for f in of_mask]) for name in ("E", "A", "alpha", "rms"))]
         for mask, of_mask in fits.items()
     ]
     heads = [f"{m / _M:.2f} M" for m in marks]
@@ -165,10 +159,6 @@ def markdown(results: Mapping[str, Any]) -> str:
         "\n".join(made_on([results["machine"]])),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _mean(values: Sequence[float]) -> str:
-    return plus_minus(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def _difference(values: Sequence[float]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -11,9 +10,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ...files import replace_file
 from ...model.section import layer_patterns, with_attention
 from ...tables import table
+from ..figures import save_study
 from ..reachability import reach
 from .study import section
 from .tasks import TASKS
@@ -44,12 +43,7 @@ def _reach(name: str, task: dict[str, Any], setting: dict[str, Any]) -> list[dic
 
 def write(study: str, summary: dict[str, Any], out: Path) -> list[Path]:
     """``STUDY.json``, ``STUDY.md`` and ``STUDY.png``."""
-    data, page, picture = (out / f"{study}{ending}" for ending in (".json", ".md", ".png"))
-    out.mkdir(parents=True, exist_ok=True)
-    replace_file(data, json.dumps(summary).encode() + b"\n")
-    replace_file(page, markdown(study, summary).encode())
-    plot(summary).savefig(picture, dpi=130)
-    return [data, page, picture]
+    return save_study(study, summary, markdown(study, summary), plot(summary), out)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
