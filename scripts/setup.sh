@@ -19,4 +19,6 @@ setup() {
     "$PY" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"
     echo "$stamp" >>"$venv/installed"
   fi
+  # Where Python writes no bytecode (PYTHONDONTWRITEBYTECODE, in many images), each process would compile the package anew.
+  "$PY" -m compileall -q spattn_olmoe benchmarks
 }
