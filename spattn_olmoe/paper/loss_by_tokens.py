@@ -83,13 +83,20 @@ def fit(curve: Mapping[int, float]) -> Fit:
 def plan(config: Path, masks: Sequence[str], *, seeds: int, out: Path, overrides: Sequence[str]) -> list[Run]:
     """The runs, seed by seed.
 
-    :raises ValueError: too few steps, fewer than two masks, or a key that is wrong.
+    :raises ValueError: too few steps, fewer than two masks, a learning rate that decays, or a key that is wrong.
     """
-    steps = steps_of(load_experiment(config, overrides))
+    experiment = load_experiment(config, overrides)
+    steps = steps_of(experiment)
     if steps < _EVALUATIONS:
         raise ValueError(f"trainer.max_duration.value={steps}: loss_by_tokens needs {_EVALUATIONS} steps or more")
     if len(masks) < 2:
         raise ValueError(f"--variants {','.join(masks)}: name two or more, the first to compare the others with")
+    rates = [experiment.train_module.scheduler.get_lr(1.0, step, steps) for step in range(steps + 1)]
+    if rates[-1] < max(rates):
+        raise ValueError(
+            "train_module.scheduler: its rate decays, so that a point of a curve would not be the end of a shorter run: add "
+            "train_module.scheduler.alpha_f=1.0 for one that does not"
+        )
     wanted = [*overrides, *held_out.in_loop(config, overrides, steps // _EVALUATIONS)]
     return [make_run(config.stem, mask, seed, config, wanted, out) for seed in range(seeds) for mask in masks]
 
@@ -145,12 +152,17 @@ def markdown(results: Mapping[str, Any]) -> str:
     heads = [f"{m / _M:.2f} M" for m in marks]
     parts = [
         "# Held-out loss against tokens",
-        f"Nats a token on the held-out part of the same text, mean and standard deviation over {seeds} seeds; every token of "
-        "training is seen once, at a constant learning rate after warm-up.",
+        "Nats a token on the held-out part of the same text; every token of training is seen once, at a constant learning rate "
+        "after warm-up. "
+        + (
+            f"Mean and standard deviation over {seeds} seeds."
+            if seeds > 1
+            else "One seed: what another would give is not known."
+        ),
         table(["attention", *heads], losses),
         f"## Less {first}'s",
-        f"Paired by seed, with Student's {1 - LEVEL:.0%} interval over seeds: of other seeds, not of other text. The last column "
-        f"is the fits' at {FURTHER} times the tokens; it inherits what the form of the fit assumes.",
+        f"Paired by seed; several have Student's {1 - LEVEL:.0%} interval: of other seeds, not of other text. The last column is "
+        f"the fits' at {FURTHER} times the tokens; it inherits what the form of the fit assumes.",
         table(["attention", *heads, f"fit, {FURTHER * marks[-1] / _M:.1f} M"], apart),
         "## The fits",
         "L(D) = E + A * D^-alpha with D in millions of tokens, every seed by itself; rms is what the fit leaves.",

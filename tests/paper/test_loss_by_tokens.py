@@ -80,6 +80,11 @@ def test_the_report_pairs_seeds_and_says_what_cannot_be_told():
             ("--dry-run", "trainer.max_duration.value=5"),
             "trainer.max_duration.value=5: loss_by_tokens needs 15 steps or more",
         ),
+        (
+            ("--scale", "gpu", "--dry-run"),
+            "train_module.scheduler: its rate decays, so that a point of a curve would not be the end of a shorter run: add "
+            "train_module.scheduler.alpha_f=1.0 for one that does not",
+        ),
     ],
 )
 def test_what_it_cannot_do_gets_one_line(reproduce, words, said):
