@@ -91,8 +91,10 @@ def plan(config: Path, masks: Sequence[str], *, seeds: int, out: Path, overrides
         raise ValueError(f"trainer.max_duration.value={steps}: loss_by_tokens needs {_EVALUATIONS} steps or more")
     if len(masks) < 2:
         raise ValueError(f"--variants {','.join(masks)}: name two or more, the first to compare the others with")
-    rates = [experiment.train_module.scheduler.get_lr(1.0, step, steps) for step in range(steps + 1)]
-    if rates[-1] < max(rates):
+    schedule = experiment.train_module.scheduler
+    if schedule and schedule.get_lr(1.0, steps, steps) < max(
+        schedule.get_lr(1.0, step, steps) for step in range(steps)
+    ):
         raise ValueError(
             "train_module.scheduler: its rate decays, so that a point of a curve would not be the end of a shorter run: add "
             "train_module.scheduler.alpha_f=1.0 for one that does not"
