@@ -85,7 +85,7 @@ def _check(args: argparse.Namespace, checkpoints: list[str], options: dict[str, 
             raise ValueError(
                 f"{what} takes no --suite, no --tasks and no other measure: evaluate those in a call of their own"
             )
-        for key in ("offline", "max_length", "tokenizer"):
+        for key in ("offline", "tokenizer"):
             if key in options:
                 raise ValueError(f"{key}={options[key]}: {what} reads prepared tokens and has no use for it")
         return
@@ -192,15 +192,16 @@ def _paired(
 
     checkpoints = [Checkpoint.open(folder, follows_input=options.get("follows_input")) for folder in folders]
     folder = writable_folder(args.out or Path(checkpoints[0].path) / "evaluation")
-    held_out = HeldOut.read(checkpoints[0], args.data, args.limit)
+    text = args.data, args.limit, options.get("max_length")
+    held_out = HeldOut.read(checkpoints[0], *text)
     for checkpoint in checkpoints:
         check_documents(checkpoint)
     for checkpoint in checkpoints[1:]:
-        other = HeldOut.read(checkpoint, args.data, args.limit)
+        other = HeldOut.read(checkpoint, *text)
         if not np.array_equal(other.ids, held_out.ids):
             raise ValueError(
                 f"{checkpoint.path} has other held-out sequences than {checkpoints[0].path}: losses over different text, "
-                "tokens or lengths cannot be paired; give one set with --data DIR"
+                "tokens or lengths cannot be paired; give one set with --data DIR, and one length with max_length=N"
             )
     return checkpoints, held_out, folder
 

@@ -40,12 +40,21 @@ class HeldOut:
     ids: np.ndarray
 
     @classmethod
-    def read(cls, checkpoint: Checkpoint, data: str | Path | None = None, limit: int | None = None) -> HeldOut:
+    def read(
+        cls,
+        checkpoint: Checkpoint,
+        data: str | Path | None = None,
+        limit: int | None = None,
+        length: int | None = None,
+    ) -> HeldOut:
         """The validation split of a checkpoint's data, or of other prepared data.
 
+        :param length: tokens of a sequence; by default that of training.
         :raises ValueError: it is not there, holds no whole sequence, or was made with another tokenizer.
         """
-        length = checkpoint.sequence_length
+        length = length or checkpoint.sequence_length
+        if length < 2:
+            raise ValueError(f"max_length={length}: a loss needs sequences of at least 2 tokens")
         tokenizer = checkpoint.config["dataset"]["tokenizer"]
         directory = Path(data) if data is not None else _own_data(checkpoint)
         manifest = verify(directory, vocab_size=tokenizer["vocab_size"], eos_token_id=tokenizer["eos_token_id"])

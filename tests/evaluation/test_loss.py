@@ -31,6 +31,19 @@ def test_losses_are_the_models_own_for_any_batch_size(checkpoint_of, held_out_da
         assert row == pytest.approx(expected, abs=1e-5)
 
 
+def test_sequences_may_be_longer_than_in_training(checkpoint_of, held_out_data):
+    """What a model does beyond its length, before and after it is continued there."""
+    checkpoint = Checkpoint.open(checkpoint_of("eball"))
+    with pytest.raises(ValueError, match="max_length=1: a loss needs sequences of at least 2 tokens"):
+        loss.HeldOut.read(checkpoint, held_out_data, length=1)
+    held_out = loss.HeldOut.read(checkpoint, held_out_data, limit=2, length=80)
+    usual = loss.HeldOut.read(checkpoint, held_out_data, limit=5)
+    assert held_out.ids.shape == (2, 80) and held_out.ids.ravel().tolist() == usual.ids.ravel().tolist()
+    losses = loss.token_losses(checkpoint, held_out, batch_size=2)
+    assert losses[0, :31] == pytest.approx(loss.token_losses(checkpoint, usual, batch_size=5)[0], abs=1e-5)
+    assert losses.shape == (2, 79) and [row["context"] for row in loss.summarise(losses)][-1] == [64, 80]
+
+
 @pytest.mark.parametrize("length", [2, 16, 17, 32, 33, 1000, 4096])
 def test_buckets_hold_every_context_length_once(length):
     found = [context for lo, hi in loss.buckets(length) for context in range(lo, hi)]
