@@ -12,7 +12,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
 from benchmarks import throughput
-from spattn_olmoe.paper import appendix, conversion, report
+from spattn_olmoe.evaluation import loss
+from spattn_olmoe.paper import appendix, conversion, loss_by_tokens, report
 from spattn_olmoe.paper.comparison import Comparison
 from spattn_olmoe.paper.recall import report as recall_report
 from spattn_olmoe.paper.runs import SCALES
@@ -56,6 +57,17 @@ def test_the_report_of_recall_is_that_of_its_results(folder):
 def test_the_report_of_conversion_is_that_of_its_results():
     results = json.loads((RESULTS / "conversion.json").read_text())
     assert conversion.markdown(results) == (RESULTS / "conversion.md").read_text()
+
+
+def test_the_report_of_loss_by_tokens_is_that_of_its_results():
+    results = json.loads((RESULTS / "loss_by_tokens.json").read_text())
+    assert loss_by_tokens.markdown(results) == (RESULTS / "loss_by_tokens.md").read_text()
+
+
+@pytest.mark.parametrize("which", ["sharing", "dense", "following"])
+def test_the_report_of_a_greater_length_is_that_of_its_results(which):
+    results = json.loads((RESULTS / "longer" / which / "loss.json").read_text())
+    assert loss.markdown(results).strip() == (RESULTS / "longer" / which / "loss.md").read_text().strip()
 
 
 def sections() -> list[tuple[list[str], str]]:
