@@ -64,10 +64,12 @@ def test_the_report_of_loss_by_tokens_is_that_of_its_results():
     assert loss_by_tokens.markdown(results) == (RESULTS / "loss_by_tokens.md").read_text()
 
 
-@pytest.mark.parametrize("which", ["sharing", "dense", "following"])
-def test_the_report_of_a_greater_length_is_that_of_its_results(which):
-    results = json.loads((RESULTS / "longer" / which / "loss.json").read_text())
-    assert loss.markdown(results).strip() == (RESULTS / "longer" / which / "loss.md").read_text().strip()
+@pytest.mark.parametrize(
+    "name", ["longer/sharing/loss", "longer/dense/loss", "longer/following/loss", "repeats/loss_by_repeat"]
+)
+def test_reports_of_held_out_loss_are_those_of_their_results(name):
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    assert loss.markdown(results).strip() == (RESULTS / f"{name}.md").read_text().strip()
 
 
 def sections() -> list[tuple[list[str], str]]:
