@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from spattn_olmoe.data import readers
@@ -76,6 +76,7 @@ def without_share(chunk: Chunk) -> tuple[object, ...]:
 @given(
     st.lists(st.text(st.characters(codec="utf-8", exclude_characters="|\r\n"), min_size=1, max_size=12), max_size=40)
 )
+@example([" ", " "])
 def test_separated_texts_come_back(pieces: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.txt"
@@ -83,8 +84,8 @@ def test_separated_texts_come_back(pieces: list[str]) -> None:
         chunks = read(path, separator="||")
         found = [item for chunk in chunks for item in texts(chunk, field="", separator="||", max_document_bytes=1000)]
     wanted = [piece.removeprefix("\ufeff") if i == 0 else piece for i, piece in enumerate(pieces)]
-    while wanted and not wanted[-1].encode().strip():
-        wanted.pop()
+    if wanted and not wanted[-1].encode().strip():
+        wanted.pop()  # what a file ends with after its last separator is no document; a blank one between two is counted
     assert [item.text if isinstance(item, tuple) else None for item in found] == [
         piece if piece and not piece.isspace() else None for piece in wanted
     ]
