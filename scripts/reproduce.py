@@ -25,8 +25,10 @@ from spattn_olmoe import trust
 from spattn_olmoe.errors import Parser, quiet, user_errors, whole
 
 STUDIES = ("recall", "recall_two_hop", "copying", "selective_copying")
-TABLES = ("table1", "table2", "table3")
-TARGETS = (*TABLES, "figure1", "figure2", "appendix_a", "conversion", "loss_by_tokens", "throughput", *STUDIES)
+TARGETS = (
+    *("table1", "table2", "table3", "figure1", "figure2", "appendix_a", "conversion", "loss_by_tokens", "throughput"),
+    *STUDIES,
+)
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import torch
 
 from ..evaluation.loss import HeldOut
-from ..files import replace_file
 from ..model.checkpoint import Checkpoint
 from ..patterns import attention_name
 from ..tables import table
 from ..text import inlined
-from .heads import DIVERSITIES, measure_heads, plot_heads, summary
+from .figures import save_study
+from .heads import DIVERSITIES, heads_figure, measure_heads, summary
 
 _TOKENS = 4096  # of a batch
 
@@ -46,12 +45,10 @@ def main(
         heads = summary(measure_heads(module.model.eval(), batches))
         name = attention if attention not in found else f"{attention} ({checkpoint.path})"
         found[name] = {"checkpoint": checkpoint.path, **heads}
-    folder = Path(out)
-    plot_heads(found, folder / "heads.png")
     results = {"data": text.directory, "sequences": len(ids), "definitions": DIVERSITIES, "checkpoints": found}
-    replace_file(folder / "heads.json", (json.dumps(results, indent=1) + "\n").encode())
-    (folder / "heads.md").write_text(markdown(results))
-    return markdown(results)
+    page = markdown(results)
+    save_study("heads", results, page, heads_figure(found), Path(out))
+    return page
 
 
 def cut(text: HeldOut, length: int, sequences: int) -> torch.Tensor:

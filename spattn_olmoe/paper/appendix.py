@@ -7,7 +7,6 @@ uniform over the mask, untrained models, trained ones; SPAttention with and with
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,14 @@ import numpy as np
 import torch
 
 from ..evaluation.loss import HeldOut
-from ..files import replace_file
 from ..machine import made_on
 from ..model.checkpoint import Checkpoint
 from ..model.remedies import apply_remedies
 from ..patterns import VARIANTS
 from ..tables import plus_minus, table
 from ..train.config import load_experiment
-from .heads import DIVERSITIES, LayerHeads, measure_heads, plot_heads, summary
+from .figures import save_study
+from .heads import DIVERSITIES, LayerHeads, heads_figure, measure_heads, summary
 from .runs import Run
 
 PAPER_ENTROPY = {"dense": 4.5461, "sharing": 3.6276}
@@ -98,13 +97,8 @@ def measure(runs: Sequence[Run], machine: dict[str, Any]) -> dict[str, Any]:
 
 def write(results: dict[str, Any], out: Path) -> list[Path]:
     """``appendix_a.json``, ``appendix_a.md`` and ``appendix_a.png``."""
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"appendix_a.{ending}" for ending in ("json", "md", "png")]
-    replace_file(paths[0], (json.dumps(results) + "\n").encode())
-    paths[1].write_text(markdown(results))
     first = {f"{variant}, trained": found[0] for variant, found in results["models"]["trained"].items()}
-    plot_heads(first, paths[2])
-    return paths
+    return save_study("appendix_a", results, markdown(results), heads_figure(first), out)
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 from ..model.mixer import PatternAttention
 from ..patterns import Pattern
 from ..text import figure_text
-from .figures import save_figure
 
 CHUNK_CELLS = 2**22
 """Attention weights held at a time, over batch, heads, queries and keys."""
@@ -198,7 +196,7 @@ def _list(values: np.ndarray) -> list[float | None]:
     return [None if np.isnan(x) else float(x) for x in values]
 
 
-def plot_heads(summaries: dict[str, dict[str, Any]], out: str | Path) -> None:
+def heads_figure(summaries: dict[str, dict[str, Any]]) -> Figure:
     """Entropy and mean distance of every head of every layer, one row of panels for each model."""
     figure = Figure(figsize=(8.5, 2.1 * len(summaries) + 0.3), layout="constrained")
     panels = figure.subplots(len(summaries), 2, squeeze=False)
@@ -211,4 +209,4 @@ def plot_heads(summaries: dict[str, dict[str, Any]], out: str | Path) -> None:
                 f"{figure_text(name)}: mean {'entropy' if key == 'entropy' else 'attended distance'}", fontsize=9
             )
             figure.colorbar(image, ax=axes, label=unit)
-    save_figure(figure, out, dpi=110)
+    return figure

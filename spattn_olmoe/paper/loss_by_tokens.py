@@ -7,7 +7,6 @@ L(D) = E + A * D ** -alpha in the tokens D, the form of arXiv 2203.15556 at one 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import optimize, stats
+from scipy import optimize
 
-from ..evaluation.statistics import LEVEL
+from ..evaluation.statistics import LEVEL, crossed
 from ..machine import default_device, describe, made_on
 from ..tables import interval, mean_of, table
 from ..train.config import load_experiment
@@ -56,7 +55,11 @@ class Fit:
     rms: float
 
     def __call__(self, tokens: float | np.ndarray) -> Any:
-        return self.E + self.A * (np.asarray(tokens) / _M) ** -self.alpha
+        return _loss(np.asarray(tokens) / _M, self.E, self.A, self.alpha)
+
+
+def _loss(millions: np.ndarray, E: float, A: float, alpha: float) -> np.ndarray:
+    return E + A * millions**-alpha
 
 
 def fit(curve: Mapping[int, float]) -> Fit:
@@ -69,15 +72,13 @@ def fit(curve: Mapping[int, float]) -> Fit:
         raise ValueError(f"{len(points)} points after the first {_FIRST}: a fit needs 4: train for more steps")
     tokens, losses = np.array(points, dtype=float).T
 
-    def loss(millions: np.ndarray, E: float, A: float, alpha: float) -> np.ndarray:
-        return E + A * millions**-alpha
-
     low, high = (0.0, 0.0, 0.01), (losses.min(), 100.0, 3.0)
-    (E, A, alpha), _ = optimize.curve_fit(
-        loss, tokens / _M, losses, p0=(losses.min() / 2, losses.min() / 2, 0.3), bounds=(low, high), max_nfev=100_000
+    found, _ = optimize.curve_fit(
+        _loss, tokens / _M, losses, p0=(losses.min() / 2, losses.min() / 2, 0.3), bounds=(low, high), max_nfev=100_000
     )
-    found = Fit(float(E), float(A), float(alpha), 0.0)
-    return Fit(found.E, found.A, found.alpha, float(np.sqrt(np.mean((found(tokens) - losses) ** 2))))
+    rms = np.sqrt(np.mean((_loss(tokens / _M, *found) - losses) ** 2))
+    E, A, alpha = map(float, found)
+    return Fit(E, A, alpha, float(rms))
 
 
 def plan(config: Path, masks: Sequence[str], *, seeds: int, out: Path, overrides: Sequence[str]) -> list[Run]:
@@ -177,12 +178,11 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 def _difference(values: Sequence[float]) -> str:
     """Mean, interval over seeds, and whether that leaves zero out."""
-    mean = statistics.fmean(values)
+    found = crossed(np.array(values)[:, None])
     if len(values) < 2:
-        return f"{mean:+.4f}"
-    reach = float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1) * stats.sem(values))
-    told = "" if abs(mean) > reach else ", cannot be told"
-    return f"{mean:+.4f} ({interval((mean - reach, mean + reach))}){told}"
+        return f"{found.mean:+.4f}"
+    told = "" if abs(found.mean) > found.interval[1] - found.mean else ", cannot be told"
+    return f"{found.mean:+.4f} ({interval(found.interval)}){told}"
 
 
 def picture(results: Mapping[str, Any]) -> Figure:

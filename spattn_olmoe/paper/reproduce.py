@@ -77,9 +77,7 @@ def _appendix_a(args: argparse.Namespace, out: Path) -> None:
 
 def _conversion(args: argparse.Namespace, out: Path) -> None:
     scale = SCALES[args.scale]
-    config = args.config or scale.config
-    if config is None:
-        raise ValueError(f"conversion --scale {scale.name}: the paper has no such experiment; use --scale cpu or gpu")
+    config = _small_config(args, scale)
     if args.variants:
         raise ValueError(f"--variants {args.variants}: conversion has its own ({', '.join(conversion.MASKS)})")
     stages = conversion.plan(config, seeds=_seeds(args, scale), out=out / "conversion", overrides=args.overrides)
@@ -96,11 +94,7 @@ def _loss_by_tokens(args: argparse.Namespace, out: Path) -> None:
     scale = SCALES[args.scale]
     if args.scale == "cpu":
         scale = replace(scale, config=loss_by_tokens.CONFIG, data=loss_by_tokens.DATA, scope=loss_by_tokens.SCOPE)
-    config = args.config or scale.config
-    if config is None:
-        raise ValueError(
-            f"{args.target} --scale {scale.name}: the paper has no such experiment; use --scale cpu or gpu"
-        )
+    config = _small_config(args, scale)
     chosen = _variants(args.variants) or loss_by_tokens.MASKS
     runs = loss_by_tokens.plan(config, chosen, seeds=_seeds(args, scale), out=out, overrides=args.overrides)
     if args.dry_run:
@@ -109,6 +103,16 @@ def _loss_by_tokens(args: argparse.Namespace, out: Path) -> None:
     _finish(args, scale, runs, args.target, out)
     for path in loss_by_tokens.write(loss_by_tokens.measure(runs), out):
         _say(str(path))
+
+
+def _small_config(args: argparse.Namespace, scale: Scale) -> Path:
+    """The config of a study that the paper does not have, and so none of its models."""
+    config = args.config or scale.config
+    if config is None:
+        raise ValueError(
+            f"{args.target} --scale {scale.name}: the paper has no such experiment; use --scale cpu or gpu"
+        )
+    return config
 
 
 def _seeds(args: argparse.Namespace, scale: Scale) -> int:

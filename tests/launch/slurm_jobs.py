@@ -92,23 +92,13 @@ class Job:
         self.cluster.start_now(self.id)
 
 
-def launch(
-    cluster: SlurmCluster, folder: Path, run: Path, *overrides: str, check: bool = True, **profile: object
-) -> str:
+def launch(cluster: SlurmCluster, folder: Path, run: Path, *overrides: str) -> str:
     """What the launcher prints on the login machine."""
-    site = {"kind": "slurm", "nodes": 2, "gpus_per_node": 1, "cores_per_node": 2, "check": False, **profile}
+    site = {"kind": "slurm", "nodes": 2, "gpus_per_node": 1, "cores_per_node": 2, "check": False}
     (folder / "cluster.yaml").write_text(yaml.safe_dump(site))
     _, *arguments = command(run, folder / "data", *overrides)
-    launcher = [
-        "env",
-        f"PYTHONPATH={ROOT}",
-        sys.executable,
-        "scripts/launch.py",
-        "--cluster",
-        "cluster.yaml",
-        *arguments,
-    ]
-    return cluster.run(*launcher, cwd=folder, check=check, timeout=900)
+    python = ["env", f"PYTHONPATH={ROOT}", sys.executable]
+    return cluster.run(*python, "scripts/launch.py", "--cluster", "cluster.yaml", *arguments, cwd=folder, timeout=900)
 
 
 def pause(folder: Path, *steps: int) -> str:
