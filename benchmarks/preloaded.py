@@ -1,6 +1,5 @@
 """What the server of benchmarks/forked.py imports, once for all processes that it forks: what scripts import when they run."""
 
-import gc
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
@@ -13,6 +12,6 @@ import spattn_olmoe.train.config
 import spattn_olmoe.train.dry_run
 import spattn_olmoe.train.faults
 import spattn_olmoe.train.run  # noqa: F401
+from spattn_olmoe.collector import keep_everything
 
-gc.collect()
-gc.freeze()  # OLMo-core collects at many points, and would go through all of this in every process
+keep_everything()  # OLMo-core collects at many points, and would go through all of this in every process

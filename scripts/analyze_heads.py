@@ -6,6 +6,7 @@ python scripts/analyze_heads.py --checkpoint runs/quickstart-spattention runs/qu
 from __future__ import annotations
 
 from spattn_olmoe import trust
+from spattn_olmoe.collector import modules_kept
 from spattn_olmoe.errors import Parser, quiet, user_errors, whole
 
 
@@ -21,8 +22,9 @@ def main() -> None:
     trust.add_argument(parser)
     args = parser.parse_args()
     with user_errors():
-        quiet()
-        from spattn_olmoe.paper.analyze_heads import main as analyze
+        with modules_kept():
+            quiet()
+            from spattn_olmoe.paper.analyze_heads import main as analyze
 
         print(analyze(args.checkpoint, args.out, data=args.data, sequences=args.sequences, length=args.length))
 

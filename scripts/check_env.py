@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spattn_olmoe import trust
+from spattn_olmoe.collector import modules_kept
 from spattn_olmoe.errors import Parser, quiet, real, user_errors
 from spattn_olmoe.exit_code import kept_exit_code
 
@@ -34,10 +35,11 @@ def main() -> int:
     trust.add_argument(parser)
     args = parser.parse_intermixed_args()
     with user_errors():
-        quiet()
+        with modules_kept():
+            quiet()
 
-        from spattn_olmoe.cluster import FAIL, OK, WARN, Findings, check_cluster
-        from spattn_olmoe.train.config import load_experiment
+            from spattn_olmoe.cluster import FAIL, OK, WARN, Findings, check_cluster
+            from spattn_olmoe.train.config import load_experiment
 
         config = load_experiment(args.config, args.overrides)
 

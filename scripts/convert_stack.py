@@ -6,6 +6,7 @@ python scripts/convert_stack.py --checkpoint runs/quickstart_ddp-spattention --t
 from __future__ import annotations
 
 from spattn_olmoe import trust
+from spattn_olmoe.collector import modules_kept
 from spattn_olmoe.errors import Parser, quiet, user_errors
 
 
@@ -20,10 +21,11 @@ def main() -> None:
     trust.add_argument(parser)
     args = parser.parse_args()
     with user_errors():
-        quiet()
-        from spattn_olmoe.model.checkpoint import Checkpoint
-        from spattn_olmoe.model.convert import convert, verify
-        from spattn_olmoe.model.stack import Stack
+        with modules_kept():
+            quiet()
+            from spattn_olmoe.model.checkpoint import Checkpoint
+            from spattn_olmoe.model.convert import convert, verify
+            from spattn_olmoe.model.stack import Stack
 
         checkpoint = Checkpoint.open(args.checkpoint)
         found = convert(checkpoint, args.to, Stack(args.stack))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 
 from spattn_olmoe import trust
+from spattn_olmoe.collector import modules_kept
 from spattn_olmoe.errors import Parser, quiet, user_errors, whole
 
 
@@ -56,8 +57,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     with user_errors():
-        quiet()
-        from spattn_olmoe.evaluation.evaluate import main as run
+        with modules_kept():
+            quiet()
+            from spattn_olmoe.evaluation.evaluate import main as run
 
         run(args)
 

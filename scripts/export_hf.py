@@ -6,6 +6,7 @@ python scripts/export_hf.py --checkpoint runs/quickstart-spattention --to export
 from __future__ import annotations
 
 from spattn_olmoe import trust
+from spattn_olmoe.collector import modules_kept
 from spattn_olmoe.errors import Parser, quiet, user_errors
 
 
@@ -22,10 +23,11 @@ def main() -> None:
     trust.add_argument(parser)
     args = parser.parse_args()
     with user_errors():
-        quiet()
-        from spattn_olmoe.model.checkpoint import Checkpoint
-        from spattn_olmoe.model.hf.export import export, verify
-        from spattn_olmoe.paper.masks import draw, save
+        with modules_kept():
+            quiet()
+            from spattn_olmoe.model.checkpoint import Checkpoint
+            from spattn_olmoe.model.hf.export import export, verify
+            from spattn_olmoe.paper.masks import draw, save
 
         checkpoint = Checkpoint.open(args.checkpoint)
         config = export(checkpoint, args.to, dtype=args.dtype, draw=lambda pattern, path: save(draw(pattern), path))

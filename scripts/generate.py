@@ -6,6 +6,7 @@ python scripts/generate.py --checkpoint runs/quickstart-spattention --prompt "Re
 from __future__ import annotations
 
 from spattn_olmoe import trust
+from spattn_olmoe.collector import modules_kept
 from spattn_olmoe.errors import Parser, quiet, real, user_errors, whole
 from spattn_olmoe.text import visible
 
@@ -21,8 +22,9 @@ def main() -> None:
     trust.add_argument(parser)
     args = parser.parse_args()
     with user_errors():
-        quiet()
-        from spattn_olmoe.model.checkpoint import Checkpoint, generate
+        with modules_kept():
+            quiet()
+            from spattn_olmoe.model.checkpoint import Checkpoint, generate
 
         text = generate(
             Checkpoint.open(args.checkpoint),

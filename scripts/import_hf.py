@@ -6,6 +6,7 @@ python scripts/import_hf.py --from OLMoE-1B-7B-0924 --to runs/olmoe-0924 --confi
 from __future__ import annotations
 
 from spattn_olmoe import trust
+from spattn_olmoe.collector import modules_kept
 from spattn_olmoe.errors import Parser, quiet, user_errors
 
 
@@ -20,9 +21,10 @@ def main() -> None:
     trust.add_argument(parser)
     args = parser.parse_intermixed_args()
     with user_errors():
-        quiet()
-        from spattn_olmoe.model.hf.importing import import_published
-        from spattn_olmoe.train.config import load_experiment
+        with modules_kept():
+            quiet()
+            from spattn_olmoe.model.hf.importing import import_published
+            from spattn_olmoe.train.config import load_experiment
 
         experiment = load_experiment(args.config, args.overrides)
         import_published(args.source, args.to, experiment.as_config_dict(), experiment.model, yaml=args.config)

@@ -7,6 +7,7 @@ python scripts/launch.py --cluster ... --config ... --types spattention,standard
 from __future__ import annotations
 
 from spattn_olmoe import trust
+from spattn_olmoe.collector import modules_kept
 from spattn_olmoe.errors import Parser, quiet, user_errors
 
 
@@ -20,11 +21,12 @@ def main() -> None:
     trust.add_argument(parser)  # here and in the jobs
     args = parser.parse_intermixed_args()
     with user_errors():
-        quiet()
+        with modules_kept():
+            quiet()
 
-        from spattn_olmoe.cluster import kubernetes, slurm
-        from spattn_olmoe.cluster.launch import plan_runs
-        from spattn_olmoe.cluster.profile import load_profile
+            from spattn_olmoe.cluster import kubernetes, slurm
+            from spattn_olmoe.cluster.launch import plan_runs
+            from spattn_olmoe.cluster.profile import load_profile
 
         profile = load_profile(args.cluster)
         scheduler = {"slurm": slurm, "kubernetes": kubernetes}[profile.kind]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from spattn_olmoe import trust
+from spattn_olmoe.collector import modules_kept
 from spattn_olmoe.errors import Parser, quiet, user_errors, whole
 
 
@@ -20,12 +21,13 @@ def main() -> None:
     trust.add_argument(parser)
     args = parser.parse_intermixed_args()
     with user_errors():
-        quiet()
+        with modules_kept():
+            quiet()
 
-        from spattn_olmoe.cluster import plan
-        from spattn_olmoe.cluster.report import print_plan
-        from spattn_olmoe.train.config import load_experiment
-        from spattn_olmoe.train.run import check
+            from spattn_olmoe.cluster import plan
+            from spattn_olmoe.cluster.report import print_plan
+            from spattn_olmoe.train.config import load_experiment
+            from spattn_olmoe.train.run import check
 
         config = load_experiment(args.config, args.overrides)
         check(config)

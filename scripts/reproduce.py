@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
 from spattn_olmoe import trust
+from spattn_olmoe.collector import modules_kept
 from spattn_olmoe.errors import Parser, quiet, user_errors, whole
 
 STUDIES = ("recall", "recall_two_hop", "copying", "selective_copying")
@@ -55,11 +56,12 @@ def main() -> None:
     args = parse()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
     with user_errors():
-        quiet()
-        if args.target == "throughput":
-            from benchmarks.throughput import main as reproduce
-        else:
-            from spattn_olmoe.paper.reproduce import main as reproduce
+        with modules_kept():
+            quiet()
+            if args.target == "throughput":
+                from benchmarks.throughput import main as reproduce
+            else:
+                from spattn_olmoe.paper.reproduce import main as reproduce
 
         reproduce(args)
 

@@ -13,6 +13,7 @@ import sys
 from rich.console import Console
 
 from spattn_olmoe import trust
+from spattn_olmoe.collector import modules_kept
 from spattn_olmoe.errors import Parser, quiet, user_errors, whole
 from spattn_olmoe.exit_code import kept_exit_code
 
@@ -42,14 +43,15 @@ def main() -> None:
     trust.add_argument(parser)
     args = parser.parse_intermixed_args()
     with user_errors():
-        import torch
+        with modules_kept():
+            import torch
 
-        from spattn_olmoe.cluster.report import memory_table
-        from spattn_olmoe.train.config import load_experiment, show
-        from spattn_olmoe.train.dry_run import dry_run, resolved
-        from spattn_olmoe.train.faults import fit
-        from spattn_olmoe.train.layout import check_layout
-        from spattn_olmoe.train.run import check, checkpoint_to_load, prepare, with_order_of
+            from spattn_olmoe.cluster.report import memory_table
+            from spattn_olmoe.train.config import load_experiment, show
+            from spattn_olmoe.train.dry_run import dry_run, resolved
+            from spattn_olmoe.train.faults import fit
+            from spattn_olmoe.train.layout import check_layout
+            from spattn_olmoe.train.run import check, checkpoint_to_load, prepare, with_order_of
 
         if args.dry_run or args.show is not None:
             quiet()

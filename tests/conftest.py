@@ -7,6 +7,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.tiny_run import prepare_tiny_data, run_training, write_tiny_yaml
+from spattn_olmoe.collector import keep_everything
+
+
+def pytest_collection_finish() -> None:
+    keep_everything()  # all modules of tests, and what they import
 
 
 @pytest.fixture(scope="session")
