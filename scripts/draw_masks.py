@@ -11,13 +11,9 @@ python scripts/draw_masks.py --overview --out masks_overview.png
 import argparse
 import sys
 
-from matplotlib.figure import Figure
-
 from spattn_olmoe import trust
-from spattn_olmoe.errors import Parser, quiet, user_errors, whole
-from spattn_olmoe.paper import masks
-from spattn_olmoe.patterns import Pattern, build_mask
-from spattn_olmoe.settings import parse
+from spattn_olmoe.collector import modules_kept
+from spattn_olmoe.errors import Parser, user_errors, whole
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -54,37 +50,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     with user_errors():
-        print(masks.save(picture(args), args.out))
+        with modules_kept():
+            from spattn_olmoe.paper.draw_masks import main as draw
 
-
-def picture(args: argparse.Namespace) -> Figure:
-    if args.overview:
-        return masks.overview()
-    if args.figure:
-        return masks.figure_1() if args.figure == 1 else masks.figure_2()
-    if args.config or args.checkpoint:
-        layers, length = patterns_of_run(args)
-        return masks.draw_layers(layers, args.length or length)
-    options = parse([word.removeprefix("attention.") for word in args.words])
-    for key in {"name", "type", "n_heads", "band_length"} & options.keys():
-        raise ValueError(f"{key}={options[key]}: is given by --type, --heads and --band-length")
-    heads = 8 if args.heads is None else args.heads
-    band_length = 1024 if args.band_length is None else args.band_length
-    return masks.draw(build_mask(args.type, n_heads=heads, band_length=band_length, **options), args.length)
-
-
-def patterns_of_run(args: argparse.Namespace) -> tuple[list[Pattern], int]:
-    """The pattern of every layer, and the length of training."""
-    quiet()
-    if args.checkpoint:
-        from spattn_olmoe.model.checkpoint import trained_patterns
-
-        return trained_patterns(args.checkpoint)
-    from spattn_olmoe.model.section import layer_patterns
-    from spattn_olmoe.train.config import load_experiment
-
-    config = load_experiment(args.config, args.words)
-    return list(layer_patterns(config.model_with_attention())), config.sequence_length
+        print(draw(args))
 
 
 if __name__ == "__main__":

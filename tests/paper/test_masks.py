@@ -206,7 +206,7 @@ def test_a_config_is_drawn_as_it_would_be_trained(words, kinds, script, monkeypa
     wanted = list(layer_patterns(config.model_with_attention()))
     drawn = []
     monkeypatch.setattr(
-        script.masks, "allowed_share", lambda *args, **more: drawn.append(args) or allowed_share(*args, **more)
+        masks, "allowed_share", lambda *args, **more: drawn.append(args) or allowed_share(*args, **more)
     )
     script.main(["--config", str(ROOT / "configs/quickstart.yaml"), *words, "--out", str(tmp_path / "x.png")])
     assert {pattern for pattern, *_ in drawn} == set(wanted) and len(set(wanted)) == kinds
@@ -229,7 +229,7 @@ def test_a_checkpoint_is_drawn_as_it_was_trained(tmp_path, script, monkeypatch):
     (folder / "attention.json").write_text(Fingerprint(tuple(p.to_config() for p in layers), shape).to_json())
     drawn = []
     monkeypatch.setattr(
-        script.masks, "allowed_share", lambda *args, **more: drawn.append(args) or allowed_share(*args, **more)
+        masks, "allowed_share", lambda *args, **more: drawn.append(args) or allowed_share(*args, **more)
     )
     script.main(["--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "x.png")])
     assert {(pattern, T) for pattern, _, T, *_ in drawn} == {(layer, 24) for layer in layers}
