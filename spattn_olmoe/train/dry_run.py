@@ -16,7 +16,9 @@ from ..model.section import layer_patterns, unread_options
 from ..model.stack import Stack
 from ..patterns import Pattern, attention_name, causal_pairs, variant_of
 from ..patterns.head_order import imbalance
+from ..settings import first_line
 from .config import ExperimentConfig
+from .shards import data_tokens
 
 
 def dry_run(config: ExperimentConfig, console: Console | None = None) -> None:
@@ -46,7 +48,7 @@ def in_a_line(config: ExperimentConfig) -> str:
     mask = attention_name([p.to_config() for p in patterns], any(p.follows_input for p in patterns))
     return (
         f"{config.name}: {short(model.num_params)} parameters, {short(model.num_active_params)} active; "
-        f"{mask} attends {share:.1%} of dense's pairs; {tokens(config)} tokens; "
+        f"{mask} attends {share:.1%} of dense's pairs; {tokens(config)} tokens, {epochs(config)}; "
         f"everything goes to {config.trainer.save_folder}"
     )
 
@@ -66,6 +68,7 @@ def run_table(config: ExperimentConfig) -> Table:
         f"{(flops.dense - flops.total + flops.attention) / flops.dense:.1%})",
     )
     table.add_row("tokens", tokens(config))
+    table.add_row("data", epochs(config))
     for row in stack_rows(config):
         table.add_row(*row)
     table.add_row("save folder", config.trainer.save_folder)
@@ -145,6 +148,21 @@ def tokens(config: ExperimentConfig) -> str:
     if duration.unit == DurationUnit.tokens:
         return f"{short(duration.value)} in steps of {batch:,}"
     return f"{duration.value} epochs in steps of {batch:,}"
+
+
+def epochs(config: ExperimentConfig) -> str:
+    """How often a run sees its data, in words: a run that has too few goes through them again, and nobody else says so."""
+    try:
+        there = data_tokens(config)
+    except (ValueError, OSError) as error:
+        return f"none yet: {first_line(error)}"
+    duration, batch = config.trainer.max_duration, config.data_loader.global_batch_size
+    if there is None:
+        return "as many epochs as that is: the files have no manifest"
+    if duration.unit == DurationUnit.epochs:
+        return f"epochs of {short(there)} tokens"
+    seen = duration.value * (batch if duration.unit == DurationUnit.steps else 1)
+    return f"{seen / (there // batch * batch):.2f} epochs of {short(there)} tokens"
 
 
 def short(n: int) -> str:

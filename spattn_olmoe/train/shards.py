@@ -92,14 +92,22 @@ def check_data(config: ExperimentConfig) -> None:
     _check_batch(config)
 
 
-def _check_batch(config: ExperimentConfig) -> None:
-    """Raise where all data together are less than one batch: epochs without a step would follow each other for ever."""
+def data_tokens(config: ExperimentConfig) -> int | None:
+    """Tokens of all whole sequences of a run's data, as manifests count them; None where files have no manifest.
+
+    :raises ValueError: there are no data.
+    """
     files, T = [Path(file) for file in data_files(config.dataset)], config.sequence_length
     known = {folder / shard.path: shard.tokens for folder in _folders(map(str, files)) for shard in _shards(folder)}
     if not files or any(path not in known for path in files):
-        return  # the data loader counts them later
-    tokens = sum(known[path] // T * T for path in files)
-    if tokens < config.data_loader.global_batch_size:
+        return None  # the data loader counts them later
+    return sum(known[path] // T * T for path in files)
+
+
+def _check_batch(config: ExperimentConfig) -> None:
+    """Raise where all data together are less than one batch: epochs without a step would follow each other for ever."""
+    tokens = data_tokens(config)
+    if tokens is not None and tokens < config.data_loader.global_batch_size:
         raise ValueError(
             f"data_loader.global_batch_size={config.data_loader.global_batch_size} (tokens) is more than the {tokens} tokens of "
             f"all whole sequences of dataset.paths: lower it or prepare more text"

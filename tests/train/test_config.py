@@ -355,3 +355,17 @@ def test_a_dry_run_needs_no_data_and_writes_nothing(tmp_path, monkeypatch):
 )
 def test_a_dry_run_says_how_long(duration, said):
     assert said in printed(tiny(*(f"trainer.max_duration.{x}" for x in duration)))
+
+
+def test_a_dry_run_says_how_often_the_data_are_seen(tiny_data):
+    """By hand: what the manifest counts, cut to whole sequences of every shard and whole batches."""
+    shards = json.loads((tiny_data / "manifest.json").read_text())["shards"]
+    batches = sum(s["tokens"] // T for s in shards if "train" in s["path"]) // 4
+    data = f"dataset.paths=[{tiny_data}/train-*.bin]"
+    for duration, times in (
+        (["value=300", "unit=steps"], 300 / batches),
+        (["value=640000", "unit=tokens"], 5000 / batches),
+    ):
+        said = printed(tiny(data, *(f"trainer.max_duration.{x}" for x in duration)))
+        assert f"{times:.2f} epochs of " in said, said
+    assert "none yet: dataset.paths: data/dclm/" in printed(load_experiment(ROOT / "configs/1b7b_spattn.yaml"))
