@@ -98,3 +98,51 @@ def test_every_decimal_is_a_result_files():
         words = re.sub(r"\(https?://[^)]*\)|arXiv \S+", "", text)
         for number in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]*\w)", words):
             assert any(number in source for source in sources), f"{number} is in no file that its section links to"
+
+
+# ---- the README's speeds ---------------------------------------------------------------------------------------------
+
+
+def readme_table(corner: str) -> dict[str, list[str]]:
+    """A table of the README by the text of its first cell: the cells of every row."""
+    (table,) = re.findall(
+        rf"^\| {corner} \|.*\n\|[-:|]+\n((?:\|.*\n)+)", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return {first: rest for first, *rest in cells}
+
+
+def test_the_readmes_steps_against_transformers_are_the_results():
+    rows = json.loads((ROOT / "benchmarks/results/cpu/step.json").read_text())["rows"]
+    table = readme_table("over transformers")
+    assert len(table) == 4
+    for name, cells in table.items():
+        N, threads = re.fullmatch(r"N = (\d+), (one|two) threads?", name).groups()
+        step = {"N": int(N), "tokens": 4096, "experts": 8, "threads": ["one", "two"].index(threads) + 1}
+        mine = [row for row in rows if step.items() <= row.items()]
+        theirs = min(row["seconds"] for row in mine if row["contender"].startswith("transformers"))
+        for mask, cell in zip(("dense", "sharing", "exclusive"), cells, strict=True):
+            (ours,) = [row["seconds"] for row in mine if row["contender"] == mask]
+            assert cell == f"{theirs / ours:.2f}x", (name, mask)
+
+
+def test_the_readmes_speeds_by_length_are_the_results():
+    results = ROOT / "benchmarks/results/cpu"
+    steps = {
+        (row["N"], row["contender"]): row["seconds"]
+        for row in json.loads((results / "step.json").read_text())["rows"]
+        if row["tokens"] == 16384
+    }
+    tokens = {
+        (row["context"], row["attention"]): row["over_dense"]
+        for row in json.loads((results / "decoding.json").read_text())["rows"]
+    }
+    table = readme_table("over dense")
+    assert {int(name.removeprefix("N = ")) for name in table} == {N for N, _ in steps} | {N for N, _ in tokens}
+    for name, cells in table.items():
+        N = int(name.removeprefix("N = "))
+        wanted = [
+            steps[N, "dense"] / steps[N, mask] if (N, mask) in steps else None for mask in ("sharing", "exclusive")
+        ]
+        wanted += [tokens.get((N, mask)) for mask in ("sharing", "exclusive")]
+        assert cells == ["" if ratio is None else f"{ratio:.2f}x" for ratio in wanted], name

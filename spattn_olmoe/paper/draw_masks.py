@@ -19,6 +19,10 @@ def main(args: argparse.Namespace) -> Path:
 
 
 def picture(args: argparse.Namespace) -> Figure:
+    """What the command line asks for.
+
+    :raises ValueError: an option that does not go with it, or that is wrong.
+    """
     if args.overview:
         return masks.overview()
     if args.figure:
