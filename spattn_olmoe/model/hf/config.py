@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any
 
 from olmo_core.nn.attention import AttentionConfig
-from olmo_core.nn.layer_norm import LayerNormType
-from olmo_core.nn.moe.router import MoERouterGatingFunction
-from olmo_core.nn.transformer import TransformerBlockConfig, TransformerBlockType, TransformerConfig
+from olmo_core.nn.layer_norm import LayerNormConfig, LayerNormType
+from olmo_core.nn.lm_head import LMHeadConfig
+from olmo_core.nn.moe import MoEConfig, MoEType
+from olmo_core.nn.moe.router import MoERouterConfig
+from olmo_core.nn.rope import RoPEConfig, RoPEType
+from olmo_core.nn.transformer import TransformerBlockConfig, TransformerBlockType, TransformerConfig, TransformerType
 
 from ...json_files import check_shape
 from ...serving.modeling_spattn_olmoe import NO_DROPOUT, SPAttnOlmoeConfig, SPAttnOlmoeForCausalLM
@@ -164,68 +167,105 @@ def _normalized(config: Mapping[str, Any]) -> dict[str, Any]:
 # ---- is a model the published one? -----------------------------------------------------------------------------------
 
 
+_ANY: tuple[Any, ...] = ()
+"""Instead of values: config.json states it, it is looked at by itself, or outputs do not depend on it."""
+
+
+def _any(*names: str) -> dict[str, tuple[Any, ...]]:
+    return dict.fromkeys(names, _ANY)
+
+
+_PUBLISHED: dict[type, dict[str, tuple[Any, ...]]] = {
+    TransformerConfig: {
+        "name": (TransformerType.moe, TransformerType.default),  # they differ in what they log
+        **_any("d_model", "vocab_size", "n_layers", "block", "block_overrides", "lm_head", "dtype", "freeze_params"),
+        **_any("init_method", "init_seed", "init_std", "embedding_init_std"),
+    },
+    TransformerBlockConfig: {
+        "name": (TransformerBlockType.moe,),
+        **_any("sequence_mixer", "layer_norm", "feed_forward_moe", "dropout"),
+    },
+    AttentionConfig: {
+        "bias": (False,),
+        **_any("n_heads", "n_kv_heads", "head_dim", "rope", "qk_norm", "pattern", "impl", "backend", "use_flash"),
+        **_any("dropout", "dtype", "use_recompute_qkv_prep", "mxfp8_save_qkv_for_backward"),
+    },
+    RoPEConfig: {
+        "name": (
+            RoPEType.default,
+            RoPEType.fused,
+        ),  # complex turns neighbouring dimensions, not those half a head apart
+        **_any("theta", "full_precision"),
+    },
+    LayerNormConfig: {
+        "name": (LayerNormType.rms,),
+        "bias": (False,),
+        "elementwise_affine": (True, None),
+        **_any("eps", "full_precision", "dtype"),
+    },
+    MoEConfig: {
+        "name": (MoEType.dropless,),
+        **_any("num_experts", "hidden_size", "router", "dtype"),
+        **_any("lb_loss_weight", "lb_loss_granularity", "z_loss_weight", "scale_loss_by_num_layers"),
+    },
+    MoERouterConfig: _any("top_k", "jitter_eps", "dtype"),
+    LMHeadConfig: {"bias": (False,), **_any("layer_norm", "dtype", "loss_implementation")},
+}
+"""What the parts of a config may say. A field that is not named must be off or at its default, so that an option of a newer
+OLMo-core is refused until somebody has looked at it."""
+
+_OF_A_LAYER = {"sequence_mixer.pattern", "sequence_mixer.impl", "sequence_mixer.backend", "sequence_mixer.use_flash"}
+"""Keys of a block that may differ among layers; config.json has one value of every other."""
+
+
 def published_block(model: TransformerConfig) -> TransformerBlockConfig:
     """The block of every layer.
 
     :raises ValueError: something in the model that ``OlmoeForCausalLM`` has no place for would be lost.
     """
     block = model.block
-    if not isinstance(block, TransformerBlockConfig) or block.name != TransformerBlockType.moe:
-        raise ValueError("model.block.name must be 'moe' (pre-norm): transformers has no other OLMoE")
-    for layer, own in (model.block_overrides or {}).items():
-        if replace(own, sequence_mixer=block.sequence_mixer) != block:
-            raise ValueError(f"model.block_overrides: layer {layer} differs in more than its attention type")
-    mixers = [b.sequence_mixer for b in (block, *(model.block_overrides or {}).values())]
-    for mixer in mixers:
-        _require_published_mixer(mixer, model.d_model)
-    if len({(m.n_heads, m.n_kv_heads) for m in mixers if isinstance(m, AttentionConfig)}) > 1:
-        raise ValueError("model.block_overrides: transformers wants equally many heads in all layers")
-    moe, norm, head = block.feed_forward_moe, block.layer_norm, model.lm_head
-    rms = [(f"{where}layer_norm", n) for where, n in (("model.block.", norm), ("model.lm_head.", head.layer_norm))]
-    rms += [("model.block.sequence_mixer.qk_norm", m.qk_norm) for m in mixers if isinstance(m, AttentionConfig)]
-    for name, one in rms:
-        if one is None or norm is None or one.name != LayerNormType.rms or one.bias is not False or one.eps != norm.eps:
-            raise ValueError(f"{name} must be rms without bias, with one eps for all, as in OLMoE")
-    router = moe.router if moe is not None else None
-    others = {
-        "model.block.feed_forward_moe": (moe is not None, "set"),
-        "model.block.feed_forward_moe.shared_mlp": (moe is None or moe.shared_mlp is None, "null"),
-        "model.block.feed_forward_moe.latent_moe": (moe is None or moe.latent_moe is None, "null"),
-        "model.block.feed_forward_moe.router.normalize_expert_weights": (
-            router is None or router.normalize_expert_weights is None,
-            "null",
-        ),
-        "model.block.feed_forward_moe.router.bias_gamma": (router is None or router.bias_gamma is None, "null"),
-        "model.block.feed_forward_moe.router.gating_function": (
-            router is None or router.gating_function == MoERouterGatingFunction.softmax,
-            "softmax",
-        ),
-        "model.lm_head.bias": (head.bias is False, "false"),
-        "model.embedding_norm": (model.embedding_norm is None, "null"),
-        "model.embed_scale": (model.embed_scale is None, "null"),
-        "model.tie_word_embeddings": (not model.tie_word_embeddings, "false"),
+    if not isinstance(block, TransformerBlockConfig):
+        raise ValueError("model.block must be one block for all layers, as in OLMoE")
+    mixer = block.sequence_mixer
+    if not isinstance(mixer, AttentionConfig) or mixer.rope is None:
+        raise ValueError("model.block.sequence_mixer must be attention with rope, as in OLMoE")
+    if block.feed_forward_moe is None:
+        raise ValueError("model.block.feed_forward_moe must be set, as in OLMoE")
+    norms = {
+        "model.block.layer_norm": block.layer_norm,
+        "model.block.sequence_mixer.qk_norm": mixer.qk_norm,
+        "model.lm_head.layer_norm": model.lm_head.layer_norm,
     }
-    _require(others)
+    for key, norm in norms.items():
+        if norm is None or norm.eps is None or block.layer_norm is None or norm.eps != block.layer_norm.eps:
+            raise ValueError(f"{key} must be rms, with one eps for all, as in OLMoE")
+    if mixer.head_dim not in (None, model.d_model // mixer.n_heads):
+        raise ValueError(f"model.block.sequence_mixer.head_dim={mixer.head_dim} must be d_model / n_heads, as in OLMoE")
+    for key, (value, allowed) in _values(model, "model.").items():
+        if allowed and not any(value is one or (one and value == one) for one in allowed):
+            wanted = "null" if allowed[0] is None else str(allowed[0]).lower()
+            raise ValueError(f"{key}={value} must be {wanted}, as in OLMoE: transformers has no place for it")
+    everywhere = _values(block)
+    for layer, own in (model.block_overrides or {}).items():
+        its = _values(own)
+        for key in {**everywhere, **its}:
+            value, other = (values.get(key, (None, _ANY))[0] for values in (its, everywhere))
+            if key not in _OF_A_LAYER and value != other:
+                raise ValueError(
+                    f"model.block_overrides.{layer}.{key}={value} but model.block has {other}: transformers has one for all "
+                    "layers"
+                )
     return block
 
 
-def _require_published_mixer(mixer: Any, d_model: int) -> None:
-    if not isinstance(mixer, AttentionConfig) or mixer.rope is None:
-        raise ValueError("model.block.sequence_mixer must be attention with rope, as in OLMoE")
-    rope = mixer.rope
-    wanted = {
-        "bias": (mixer.bias is False, "false"),
-        "gate": (mixer.gate is None, "null"),
-        "clip_qkv": (mixer.clip_qkv is None, "null"),
-        "use_head_qk_norm": (not mixer.use_head_qk_norm, "false"),
-        "head_dim": (mixer.head_dim in (None, d_model // mixer.n_heads), "d_model / n_heads"),
-        "rope.scaling": (rope.scaling is None, "null"),
-        "rope.partial_rotary_factor": (rope.partial_rotary_factor == 1.0, "1"),
-    }
-    _require({f"model.block.sequence_mixer.{key}": value for key, value in wanted.items()})
-
-
-def _require(conditions: dict[str, tuple[bool, str]]) -> None:
-    for key, (met, value) in conditions.items():
-        if not met:
-            raise ValueError(f"{key} must be {value}, as in OLMoE: transformers has no place for it")
+def _values(config: Any, at: str = "") -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Every value in a config and its parts by dotted key, and what it may be; any value where that is empty."""
+    known = next(_PUBLISHED[cls] for cls in type(config).__mro__ if cls in _PUBLISHED)
+    found: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name in known and isinstance(value, tuple(_PUBLISHED)):
+            found |= _values(value, f"{at}{f.name}.")
+        else:
+            found[f"{at}{f.name}"] = value, known.get(f.name, (f.default, None, False))
+    return found

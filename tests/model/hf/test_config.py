@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 from transformers import OlmoeConfig
@@ -19,25 +20,37 @@ def config_of(model):
 
 
 ELSEWHERE = {
-    "block.name=moe_reordered_norm": "model.block.name must be 'moe'",
-    "block.feed_forward_moe.router.normalize_expert_weights=1.0": "normalize_expert_weights must be null",
-    "block.feed_forward_moe.router.gating_function=sigmoid": "gating_function must be softmax",
-    "block.feed_forward_moe.router.bias_gamma=0.001": "bias_gamma must be null",
-    "block.feed_forward_moe.shared_mlp={hidden_size: 16}": "shared_mlp must be null",
-    "block.sequence_mixer.bias=true": "sequence_mixer.bias must be false",
-    "block.sequence_mixer.clip_qkv=8.0": "clip_qkv must be null",
-    "block.sequence_mixer.head_dim=32": "head_dim must be",
-    "block.sequence_mixer.use_head_qk_norm=true": "use_head_qk_norm must be false",
-    "block.sequence_mixer.gate={}": "gate must be null",
+    "name=normalized": "model.name=normalized must be moe",
+    "block.name=moe_reordered_norm": "model.block.name=moe_reordered_norm must be moe",
+    "block.attention_residual_alpha=0.5": "attention_residual_alpha=0.5 must be null",
+    "block.feed_forward_moe.name=default": "feed_forward_moe.name=default must be dropless",
+    "block.feed_forward_moe.capacity_factor=1.2": "capacity_factor=1.2 must be null",
+    "block.feed_forward_moe.router.normalize_expert_weights=1.0": "normalize_expert_weights=1.0 must be null",
+    "block.feed_forward_moe.router.gating_function=sigmoid": "gating_function=sigmoid must be softmax",
+    "block.feed_forward_moe.router.bias_gamma=0.001": "bias_gamma=0.001 must be null",
+    "block.feed_forward_moe.router.uniform_expert_assignment=true": "uniform_expert_assignment=True must be false",
+    "block.feed_forward_moe.router.random_expert_assignment=true": "random_expert_assignment=True must be false",
+    "block.feed_forward_moe.shared_mlp={hidden_size: 16}": r"shared_mlp=.* must be null",
+    "block.sequence_mixer.bias=true": "sequence_mixer.bias=True must be false",
+    "block.sequence_mixer.clip_qkv=8.0": "clip_qkv=8.0 must be null",
+    "block.sequence_mixer.head_dim=32": "head_dim=32 must be d_model / n_heads",
+    "block.sequence_mixer.use_head_qk_norm=true": "use_head_qk_norm=True must be null",
+    "block.sequence_mixer.gate={}": "gate=.* must be null",
     "block.sequence_mixer.qk_norm=null": "qk_norm must be rms",
-    "block.sequence_mixer.qk_norm.eps=1e-6": "qk_norm must be rms",
+    "block.sequence_mixer.qk_norm.eps=1e-6": "qk_norm must be rms, with one eps",
+    "block.sequence_mixer.qk_norm.name=default": "qk_norm.name=default must be rms",
     "block.sequence_mixer.rope=null": "attention with rope",
-    "block.sequence_mixer.rope.partial_rotary_factor=0.5": "partial_rotary_factor must be 1",
-    "block.layer_norm.bias=true": "model.block.layer_norm must be rms",
-    "lm_head.layer_norm.eps=1e-6": "model.lm_head.layer_norm must be rms",
-    "lm_head.bias=true": "model.lm_head.bias must be false",
-    "tie_word_embeddings=true": "tie_word_embeddings must be false",
-    "embed_scale=2.0": "embed_scale must be null",
+    "block.sequence_mixer.rope.name=complex": "rope.name=complex must be default",
+    "block.sequence_mixer.rope.partial_rotary_factor=0.5": "partial_rotary_factor=0.5 must be 1",
+    "block.sequence_mixer.rope.scaling={_CLASS_: olmo_core.nn.rope.PIRoPEScalingConfig}": r"rope.scaling=.* must be null",
+    "block.layer_norm.bias=true": "model.block.layer_norm.bias=True must be false",
+    "block.layer_norm.elementwise_affine=false": "elementwise_affine=False must be true",
+    "lm_head.layer_norm.eps=1e-6": "model.lm_head.layer_norm must be rms, with one eps",
+    "lm_head.bias=true": "model.lm_head.bias=True must be false",
+    "lm_head.name=normalized": "model.lm_head.name=normalized must be default",
+    "tie_word_embeddings=true": "tie_word_embeddings=True must be false",
+    "embed_scale=2.0": "embed_scale=2.0 must be null",
+    "embedding_norm={name: rms, eps: 1e-5, bias: false}": r"embedding_norm=.* must be null",
 }
 
 
@@ -48,17 +61,31 @@ def test_what_transformers_has_no_place_for_is_refused(override, said):
         config_of(config)
 
 
-@pytest.mark.parametrize("change", ["heads", "experts"])
-def test_a_layer_of_another_shape_is_refused(change):
+LAYERS_OWN = {
+    "sequence_mixer.n_heads": 8,
+    "sequence_mixer.rope.theta": 500_000,
+    "sequence_mixer.rope.name": "fused",
+    "sequence_mixer.qk_norm.eps": 1e-6,
+    "feed_forward_moe.hidden_size": 64,
+    "feed_forward_moe.router.top_k": 1,
+    "layer_norm.eps": 1e-6,
+}
+
+
+@pytest.mark.parametrize(("key", "value"), LAYERS_OWN.items(), ids=LAYERS_OWN.keys())
+def test_a_layer_that_differs_in_more_than_its_attention_type_is_refused(key, value):
     base = tiny().model
     own = copy.deepcopy(base.block)
-    if change == "heads":
-        own.sequence_mixer.n_heads = 8
-    else:
-        own.feed_forward_moe.hidden_size = 64
+    *parts, name = key.split(".")
+    setattr(functools.reduce(getattr, parts, own), name, value)
     base.block_overrides = {1: own}
-    with pytest.raises(ValueError, match=r"model\.block_overrides"):
+    with pytest.raises(ValueError, match=rf"model\.block_overrides\.1\.{key}={value} but model\.block has"):
         config_of(with_attention(base, band_length=N))
+
+
+def test_fused_rope_is_the_same_model():
+    fused = tiny("model.block.sequence_mixer.rope.name=fused").model
+    assert config_of(with_attention(fused, band_length=N)) == config_of(with_attention(tiny().model, band_length=N))
 
 
 NO_RULE = {
