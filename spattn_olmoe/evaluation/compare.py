@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ class Difference:
     :param interval: 95 % confidence interval of the difference, by a paired bootstrap over questions.
     :param only_a: questions that only A answered right; None where the metric is not right or wrong.
     :param p: McNemar's exact test for right or wrong, else a paired permutation test.
-    :param p_adjusted: ``p`` after Holm, for all rows of the table together: what the verdict goes by.
+    :param p_adjusted: ``p`` after Holm, for all that one table shows (:func:`together`): what the verdict goes by.
     """
 
     label: str
@@ -62,8 +63,13 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
             found.append(_difference(column, metric, x, y))
     if _has_average(a):
         found.append(_average_difference(a, b))
-    adjusted = statistics.holm([d["p"] for d in found])
-    return [Difference(**d, p_adjusted=p) for d, p in zip(found, adjusted, strict=True)]
+    return together([[Difference(**d, p_adjusted=d["p"]) for d in found]])[0]
+
+
+def together(comparisons: Sequence[Sequence[Difference]]) -> list[list[Difference]]:
+    """Several comparisons that one table shows, their p-values adjusted for all of its differences."""
+    adjusted = iter(statistics.holm([d.p for differences in comparisons for d in differences]))
+    return [[replace(d, p_adjusted=next(adjusted)) for d in differences] for differences in comparisons]
 
 
 _SHAPE = {
@@ -72,6 +78,8 @@ _SHAPE = {
     "checkpoint": str,
     "follows_input": bool,
     "limit": (int, None),
+    "max_length": int,
+    "truncated_requests": int,
     "attention": [{"name": str}],
     "columns": [{"task": str, "label": str, "num_fewshot": (int, None), "metric": (str, None)}],
     "measurements": {
@@ -209,6 +217,12 @@ def _check_comparable(a: dict[str, Any], b: dict[str, Any]) -> None:
     for key in ("suite", "offline", "columns"):
         if a[key] != b[key]:
             raise ValueError(f"--compare: A has {key}={a[key]} but B {b[key]}: evaluate both alike")
+    lengths, lost = ([results[key] for results in (a, b)] for key in ("max_length", "truncated_requests"))
+    if lengths[0] != lengths[1] and any(lost):
+        raise ValueError(
+            f"--compare: A has max_length={lengths[0]} ({lost[0]} requests lost context) but B {lengths[1]} ({lost[1]}): "
+            f"evaluate both alike, such as with max_length={min(lengths)}"
+        )
     if a["measurements"].keys() != b["measurements"].keys():
         different = sorted(a["measurements"].keys() ^ b["measurements"].keys())
         raise ValueError(f"--compare: only one of A and B has {', '.join(different)}: evaluate both on the same tasks")

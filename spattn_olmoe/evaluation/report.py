@@ -47,8 +47,8 @@ def _conditions(results: dict[str, Any]) -> str:
     lines = [
         f"Suite {results['suite']}: {_name(results)}, {results['checkpoint']}",
         "",
-        f"- values are mean +- standard error; follows_input={str(results['follows_input']).lower()}, at most "
-        f"{results['max_length']} tokens, {results['truncated_requests']} requests lost the beginning of their context",
+        f"- values are mean +- standard error; follows_input={str(results['follows_input']).lower()}, "
+        f"{context_read(results)}",
     ]
     if results["limit"] is not None:
         lines.append(f"- only the first {results['limit']} questions of each task: no figure to publish")
@@ -57,6 +57,12 @@ def _conditions(results: dict[str, Any]) -> str:
         lines.append(f"- {', '.join(tasks)}: {note}")
     lines.append(f"- {as_line(results['machine'])}")
     return "\n".join(lines)
+
+
+def context_read(results: dict[str, Any]) -> str:
+    """How much of the requests a model was given: scores of models that read less of them are lower for that alone."""
+    lost = f"{results['truncated_requests']} requests lost the beginning of their context"
+    return f"at most {results['max_length']} tokens, {lost}"
 
 
 def _paper_table(results: dict[str, Any]) -> str:
@@ -146,8 +152,13 @@ def comparison_markdown(a: dict[str, Any], b: dict[str, Any], differences: Seque
         if seen
         else "No difference can be seen in any column."
     )
+    lost = any(results["truncated_requests"] for results in (a, b))
+    names = [
+        f"{letter}: {_name(results)}, {results['checkpoint']}{f', {context_read(results)}' if lost else ''}"
+        for letter, results in (("A", a), ("B", b))
+    ]
     return (
-        f"A: {_name(a)}, {a['checkpoint']}\nB: {_name(b)}, {b['checkpoint']}\n\n"
+        f"{names[0]}\n{names[1]}\n\n"
         f"{table(head, body, 'l')}\n\n{summary} Intervals are paired bootstraps over the same questions, p is McNemar's exact "
         "test (a permutation test for what is not right or wrong), p (Holm) allows for the number of rows. One training run "
         "of each is compared: what another seed would give is not in the intervals.\n"

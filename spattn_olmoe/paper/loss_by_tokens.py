@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import optimize
 
-from ..evaluation.statistics import LEVEL, crossed
+from ..evaluation.statistics import LEVEL, Crossed, crossed, holm
 from ..machine import default_device, describe, made_on
 from ..tables import interval, mean_of, table
 from ..train.config import load_experiment
@@ -140,14 +140,14 @@ def markdown(results: Mapping[str, Any]) -> str:
     first, seeds = next(iter(curves)), len(next(iter(curves.values())))
 
     losses = [[f"`{mask}`", *(mean_of([c[m] for c in of_mask]) for m in marks)] for mask, of_mask in curves.items()]
-    apart = []
+    apart: list[list[list[float]]] = []  # by mask, by column, by seed
     for mask in list(curves)[1:]:
         measured = [[one[m] - other[m] for one, other in zip(curves[mask], curves[first], strict=True)] for m in marks]
         further = [
             float(one(FURTHER * marks[-1]) - other(FURTHER * marks[-1]))
             for one, other in zip(fits[mask], fits[first], strict=True)
         ]
-        apart.append([f"`{mask}`", *(_difference(values) for values in [*measured, further])])
+        apart.append([*measured, further])
     parameters = [
         [f"`{mask}`", *(mean_of([getattr(f, name) for f in of_mask]) for name in ("E", "A", "alpha", "rms"))]
         for mask, of_mask in fits.items()
@@ -165,8 +165,14 @@ def markdown(results: Mapping[str, Any]) -> str:
         table(["attention", *heads], losses),
         f"## Less {first}'s",
         f"Paired by seed; several have Student's {1 - LEVEL:.0%} interval: of other seeds, not of other text. The last column is "
-        f"the fits' at {FURTHER} times the tokens; it inherits what the form of the fit assumes.",
-        table(["attention", *heads, f"fit, {FURTHER * marks[-1] / _M:.1f} M"], apart),
+        f"the fits' at {FURTHER} times the tokens; it inherits what the form of the fit assumes."
+        + (
+            " An interval is of its cell alone; what cannot be told goes by p adjusted (Holm) for all cells, and an interval "
+            "beside it may leave zero out."
+            if seeds > 1
+            else ""
+        ),
+        table(["attention", *heads, f"fit, {FURTHER * marks[-1] / _M:.1f} M"], _differences(list(curves)[1:], apart)),
         "## The fits",
         "L(D) = E + A * D^-alpha with D in millions of tokens, every seed by itself; rms is what the fit leaves.",
         table(["attention", "E", "A", "alpha", "rms"], parameters),
@@ -176,13 +182,17 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _difference(values: Sequence[float]) -> str:
-    """Mean, interval over seeds, and whether that leaves zero out."""
-    found = crossed(np.array(values)[:, None])
-    if len(values) < 2:
-        return f"{found.mean:+.4f}"
-    told = "" if abs(found.mean) > found.interval[1] - found.mean else ", cannot be told"
-    return f"{found.mean:+.4f} ({interval(found.interval)}){told}"
+def _differences(masks: Sequence[str], apart: Sequence[Sequence[Sequence[float]]]) -> list[list[str]]:
+    """A row for each mask: means and intervals over seeds, and what cannot be told in all cells together."""
+    if len(apart[0][0]) < 2:
+        return [[f"`{mask}`", *(f"{one:+.4f}" for (one,) in cells)] for mask, cells in zip(masks, apart, strict=True)]
+    found = [[crossed(np.array(values)[:, None]) for values in cells] for cells in apart]
+    adjusted = iter(holm([d.p for cells in found for d in cells]))
+
+    def cell(d: Crossed, p: float) -> str:
+        return f"{d.mean:+.4f} ({interval(d.interval)}){'' if p < LEVEL else ', cannot be told'}"
+
+    return [[f"`{mask}`", *(cell(d, next(adjusted)) for d in cells)] for mask, cells in zip(masks, found, strict=True)]
 
 
 def picture(results: Mapping[str, Any]) -> Figure:

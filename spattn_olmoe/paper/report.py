@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..evaluation import statistics
-from ..evaluation.compare import columns_of, compare, mean_metrics
+from ..evaluation.compare import NO_DIFFERENCE, columns_of, compare, mean_metrics, together
+from ..evaluation.report import context_read
 from ..evaluation.results import read
 from ..evaluation.statistics import Crossed
 from ..evaluation.suites import SUITES, implied_stderr
@@ -250,14 +251,27 @@ def _scores(name: str, comparisons: Sequence[Comparison], scores: dict[str, dict
             cells = _score_cells(results)
             head = [c.model, *cells]
             body.append([variant, *cells.values()])
-        lines += [table(head, body), ""]
-        for variant, results in found.items():
-            if variant != c.reference:
-                lines += [*_score_differences(variant, c.reference, results, found[c.reference]), ""]
+        lines += [table(head, body), "", *_score_differences(c.reference, found), ""]
     limit = next(iter(scores.values()))["limit"]
     kind = "the standard error over questions" if comparisons[0].seeds == 1 else "the standard deviation over seeds"
     first = "" if limit is None else f" Only the first {limit} questions of each task are asked."
-    return [*lines, f"Means over seeds; +- is {kind}. Differences are paired over questions, seed by seed.{first}", ""]
+    told = f"one is named where p, adjusted (Holm) for all types, seeds and columns of the table, is below {statistics.LEVEL}"
+    return [
+        *lines,
+        *_lost_context(scores),
+        f"Means over seeds; +- is {kind}. Differences are paired over questions, seed by seed; {told}.{first}",
+        "",
+    ]
+
+
+def _lost_context(scores: dict[str, dict[str, Any]]) -> list[str]:
+    """How much of their prompts runs read, where any lost some."""
+    if not any(results["truncated_requests"] for results in scores.values()):
+        return []
+    runs: dict[str, list[str]] = {}
+    for run, results in scores.items():
+        runs.setdefault(context_read(results), []).append(run)
+    return [*(f"- {', '.join(names)}: {read}" for read, names in runs.items()), ""]
 
 
 def _score_cells(results: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -273,14 +287,19 @@ def _score_cells(results: Sequence[dict[str, Any]]) -> dict[str, str]:
     return cells
 
 
-def _score_differences(
-    variant: str, other: str, ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]
-) -> list[str]:
+def _score_differences(reference: str, scores: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """A line for each variant and seed, with what can be told apart in all of them together."""
+    pairs = {
+        f"{variant} less {reference}, seed {seed}": (a, b)
+        for variant, results in scores.items()
+        if variant != reference
+        for seed, (a, b) in enumerate(zip(scores[reference], results, strict=True))
+    }
     lines = []
-    for seed, (a, b) in enumerate(zip(theirs, ours, strict=True)):
-        seen = [d for d in compare(a, b) if d.p_adjusted < statistics.LEVEL]
+    for name, differences in zip(pairs, together([compare(a, b) for a, b in pairs.values()]), strict=True):
+        seen = [d for d in differences if d.verdict != NO_DIFFERENCE]
         words = "; ".join(f"{d.label} {d.metric} {d.difference:+.4f} ({interval(d.interval)})" for d in seen)
-        lines.append(f"- {variant} less {other}, seed {seed}: {words or 'no difference can be seen'}")
+        lines.append(f"- {name}: {words or NO_DIFFERENCE}")
     return lines
 
 

@@ -57,7 +57,8 @@ def results(right: dict[str, list[int]], suite: str = "table2", **changes: objec
     columns = [vars(column) for column in SUITES[suite].columns]
     layers = [{"name": "standard", "n_heads": 4, "band_length": 32, "follows_input": False}]
     base = {"suite": suite, "columns": columns, "offline": True, "limit": None, "measurements": measurements}
-    return {**base, "attention": layers, "follows_input": False, "checkpoint": "run/step1", **changes}
+    read = {"max_length": 32, "truncated_requests": 0}
+    return {**base, **read, "attention": layers, "follows_input": False, "checkpoint": "run/step1", **changes}
 
 
 KEYS = [column.key for column in SUITES["table2"].columns]
@@ -112,12 +113,26 @@ def test_the_average_knows_that_columns_share_questions():
     [
         ({"offline": False}, "A has offline=True but B False"),
         ({"suite": "table1"}, "A has suite=table2 but B table1"),
+        (
+            {"max_length": 8, "truncated_requests": 900},
+            r"A has max_length=32 \(0 requests lost context\) but B 8 \(900\): .* max_length=8$",
+        ),
     ],
 )
 def test_unlike_results_are_not_compared(change, message):
     same = {key: [1, 0] for key in KEYS}
     with pytest.raises(ValueError, match=message):
         compare(results(same), {**results(same), **change})
+
+
+def test_lengths_that_nothing_was_cut_to_are_compared_and_what_was_cut_is_said():
+    same = {key: [1, 0] for key in KEYS}
+    a, b = results(same), results(same, max_length=4096)
+    assert "lost" not in comparison_markdown(a, b, compare(a, b))
+    a, b = (results(same, truncated_requests=n) for n in (0, 3))
+    first, second = comparison_markdown(a, b, compare(a, b)).splitlines()[:2]
+    assert first.endswith(", at most 32 tokens, 0 requests lost the beginning of their context")
+    assert second.endswith(", at most 32 tokens, 3 requests lost the beginning of their context")
 
 
 def test_other_questions_are_not_compared():

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from spattn_olmoe import build_pattern
+from spattn_olmoe.evaluation.compare import NO_DIFFERENCE, compare
+from spattn_olmoe.evaluation.suites import SUITES
 from spattn_olmoe.paper import appendix, held_out, report
 from spattn_olmoe.paper.comparison import Comparison
 from spattn_olmoe.paper.runs import SCALES, TABLES
@@ -60,6 +62,21 @@ SHIFTS = {
 }
 
 
+def answered(more: int) -> dict:
+    """Scores of table 2, of which the first column has so many right answers more than ``answered(0)``."""
+    suite, measurements = SUITES["table2"], {}
+    for column in suite.columns:
+        right = 40 + (more if column == suite.columns[0] else 0)
+        answers = [1.0] * right + [0.0] * (100 - right)
+        measurements[column.key] = {
+            "num_fewshot": column.num_fewshot,
+            "metrics": {column.metric: {"value": right / 100, "stderr": 0.05, "n": 100}},
+            "questions": {column.task: {"doc_hash": list(range(100)), column.metric: answers}},
+        }
+    own = {"suite": suite.name, "columns": [vars(column) for column in suite.columns], "measurements": measurements}
+    return {**own, "offline": True, "limit": None, "max_length": T, "truncated_requests": 0}
+
+
 @pytest.fixture(scope="module")
 def comparison() -> Comparison:
     results = [made_up(v, seed, shift, options) for v, (shift, options) in SHIFTS.items() for seed in range(3)]
@@ -103,6 +120,30 @@ def test_the_report_says_what_the_losses_say(comparison):
     pairs = build_pattern("eball", H, T).attended_pairs() / build_pattern("standard", H, T).attended_pairs()
     assert f"| eball | {100 * pairs:.1f} % |" in text
     assert len(report.rows([comparison])) == 1 + 5 * 3 * 2
+
+
+def test_what_one_seed_shows_alone_is_not_told_among_all_seeds_and_variants(comparison):
+    few, many = 9, 14  # McNemar's p 0.004 and 0.0001: times 5 comparisons of a pair, times 60 of the table
+    assert compare(answered(0), answered(few))[0].verdict == "B is higher"
+    more = {"sharing": 0, "eball": many}
+    scores = {
+        r["run"]: answered(more.get(variant, few)) for variant, results in comparison.results.items() for r in results
+    }
+    text = report.markdown("table2", [comparison], SCALES["cpu"].scope, scores)
+    lines = dict(re.findall(r"^- (\w+ less sharing, seed \d): (.*)$", text, re.MULTILINE))
+    assert len(lines) == 4 * 3
+    told = {name for name, words in lines.items() if words != NO_DIFFERENCE}
+    assert told == {f"eball less sharing, seed {seed}" for seed in range(3)}
+
+
+def test_the_report_says_which_runs_lost_context(comparison):
+    scores = {r["run"]: answered(0) for results in comparison.results.values() for r in results}
+    assert "lost" not in report.markdown("table2", [comparison], SCALES["cpu"].scope, scores)
+    for run, result in scores.items():
+        result["truncated_requests"] = 7 if "seed0" in run else 8
+    text = report.markdown("table2", [comparison], SCALES["cpu"].scope, scores)
+    runs = ", ".join(f"m-{variant}-seed0" for variant in comparison.results)
+    assert f"\n- {runs}: at most {T} tokens, 7 requests lost the beginning of their context\n" in text
 
 
 def test_every_table_names_printed_rows_only():

@@ -56,6 +56,7 @@ def test_the_report_pairs_seeds_and_says_what_cannot_be_told():
             "dense": curves(0, 0, 0),
             "sharing": curves(-0.1, -0.1, -0.11),
             "exclusive": curves(-0.1, 0.1, 0.01),
+            "eball": curves(-0.1, -0.11, -0.13),
         },
     }
     text = loss_by_tokens.markdown(json.loads(json.dumps(results)))  # as it is read again
@@ -64,8 +65,10 @@ def test_the_report_pairs_seeds_and_says_what_cannot_be_told():
     assert sharing.count("-0.1033 (-0.1177 to -0.0890)") >= 5 and "cannot be told" not in sharing
     (exclusive,) = [line for line in text.splitlines() if line.startswith("| `exclusive` | +")]
     assert exclusive.count("cannot be told") == 6
+    (eball,) = [line for line in text.splitlines() if line.startswith("| `eball` | -")]
+    assert eball.count("(-0.1513 to -0.0754), cannot be told") >= 5  # told alone, but not as one of 18 cells
     assert "fit, 30.0 M" in text and "| `dense` | 1.3000 +- 0.3000 | 3.0000 +- 0.0000 | 0.4000 +- 0.0000 |" in text
-    assert len(loss_by_tokens.picture(results).axes[0].lines) == 6
+    assert len(loss_by_tokens.picture(results).axes[0].lines) == 8
 
 
 @pytest.mark.parametrize(
