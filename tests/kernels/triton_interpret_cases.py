@@ -19,6 +19,7 @@ from spattn_olmoe.kernels import cached_attention, reference
 from spattn_olmoe.kernels import triton as banded
 from spattn_olmoe.kernels.call import Call, Facts
 from spattn_olmoe.kernels.dispatch import unsuitable
+from spattn_olmoe.kernels.documents import document_bounds
 from spattn_olmoe.kernels.triton import ops
 from spattn_olmoe.kernels.triton import schedule as plan
 from spattn_olmoe.kernels.triton import tile_sizes as configs
@@ -374,6 +375,34 @@ def test_decoding_agrees_with_attention_under_a_mask(name, H, G, D, S, start, le
     actual = cached_attention(q, k, v, pattern, impl="triton", **options)
     torch.testing.assert_close(actual, expected.float(), atol=5e-6, rtol=1e-5)
     assert (actual[(expected == 0).all(-1)] == 0).all()
+
+
+def strided(x):
+    """The values of ``x``, of which no two are neighbours in memory."""
+    return torch.stack([x, torch.full_like(x, -1)], -1)[..., 0]
+
+
+def test_decoding_reads_padding_and_starts_of_any_stride():
+    pattern = build("sharing", 4, 64)
+    q, k, v = torch.randn(3, 1, 4, 16), torch.randn(3, 64, 4, 16), torch.randn(3, 64, 4, 16)
+    start, several, one = torch.tensor([60, 61, 63]), torch.tensor([0, 30, 50]), torch.tensor([40])
+    for pad in (strided(several), one.expand(3)):
+        expected = cached_attention(q, k, v, pattern, start=start, leftpad=pad, impl="sdpa")
+        actual = cached_attention(q, k, v, pattern, start=strided(start), leftpad=pad, impl="triton")
+        torch.testing.assert_close(actual, expected, atol=5e-6, rtol=1e-5)
+
+
+def test_operators_read_what_they_are_given_of_any_stride():
+    T, heads = 70, [bound for head in build("sharing", 4, 64).table for pair in head for bound in pair]
+    q, k, v, d_out = (torch.randn(2, T, 4, 16) for _ in range(4))
+    bounds = document_bounds(torch.tensor([0, 30, T, 2 * T]), 2, T)
+    loose = [strided(x) for x in bounds]
+    out, lse = ops.banded_forward(q, k, v, heads, 0.25, *bounds)
+    torch.testing.assert_close(ops.banded_forward(*map(strided, (q, k, v)), heads, 0.25, *loose), (out, lse))
+    torch.testing.assert_close(
+        ops.banded_backward(*map(strided, (d_out, q, k, v, out, lse)), heads, 0.25, *loose),
+        ops.banded_backward(d_out, q, k, v, out, lse, heads, 0.25, *bounds),
+    )
 
 
 def test_decoding_splits_a_long_cache_and_never_reads_a_key_out_of_its_intervals():

@@ -39,6 +39,7 @@ def banded_forward(
     """
     B, T, H, D = q.shape
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
+    doc_start = contiguous(doc_start)
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     tile = config("forward", generation_of(q.device), q.element_size(), padded(D))
@@ -70,6 +71,7 @@ def banded_backward(
     B, T, H, D = q.shape
     G = k.shape[2]
     d_out, q, k, v = (rows_contiguous(x) for x in (d_out, q, k, v))
+    out, lse, doc_start, doc_end = out.contiguous(), lse.contiguous(), contiguous(doc_start), contiguous(doc_end)
     dq = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty((B, T, G, D), dtype=q.dtype, device=q.device) for _ in range(2))
     delta = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
@@ -139,6 +141,7 @@ def banded_decode(
     B, T, H, D = q.shape
     S = k.shape[1]
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
+    leftpad = contiguous(leftpad)
     heads = unflatten(intervals)
     d_pad = padded(D)
     tile = decode_config(d_pad)
@@ -189,6 +192,11 @@ def unflatten(intervals: Sequence[int]) -> IntervalTable:
 def rows_contiguous(x: Tensor) -> Tensor:
     """``x`` with consecutive elements in its last dimension, as the kernels read it: a copy where it has not."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """What the kernels read without strides."""
+    return None if x is None else x.contiguous()
 
 
 def precision(dtype: torch.dtype) -> str:
