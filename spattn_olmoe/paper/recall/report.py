@@ -154,11 +154,9 @@ def plot(summary: dict[str, Any]) -> Figure:
     over_steps.axhline(summary["task"]["chance"], color="grey", linestyle=":", linewidth=1)
     over_steps.set(title="Accuracy", xlabel="step", ylim=(0, 1.02))
     over_steps.legend(fontsize=7)
-    accuracy = [
-        [np.mean([end["bands"][b]["accuracy"] or np.nan for end in _last(own)]) for b in range(BANDS)]
-        for own in types.values()
-    ]
-    _heatmap(by_band, np.array(accuracy, float), list(types), "Accuracy at the end, by distance", "{:.2f}", (0, 1))
+    ends = [[[band["accuracy"] for band in end["bands"]] for end in _last(own)] for own in types.values()]
+    accuracy = np.array(ends, float).mean(1)  # None, where nothing was asked, is NaN
+    _heatmap(by_band, accuracy, list(types), "Accuracy at the end, by distance", "{:.2f}", (0, 1))
     paths = np.array([[cell["paths"] for cell in own["reach"]] for own in types.values()])
     with np.errstate(divide="ignore"):
         shade = np.log10(paths)

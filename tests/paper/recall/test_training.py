@@ -84,6 +84,17 @@ def test_a_study_is_resumed_and_equal_masks_are_one_run(tmp_path):
     assert "| eball |" in markdown("recall", summary) and len(plot(summary).axes) == 3
 
 
+def test_the_picture_shows_that_nothing_is_right_apart_from_that_nothing_was_asked(tmp_path):
+    setting = Setting(d_model=32, n_heads=4, hidden=32, batch=4, steps=1, warmup=0, eval_every=1, eval_sequences=4)
+    jobs = study.plan_jobs("recall", ["dense"], 1, setting, {"length": 64})
+    summary = summarise(study.run_jobs(jobs, tmp_path, workers=1, say=str))
+    bands = summary["types"]["dense"]["seeds"]["0"]["curve"][-1]["bands"]
+    for band, accuracy in zip(bands, [0.0, None, 0.5, *[1.0] * 5], strict=True):
+        band["accuracy"] = accuracy
+    by_distance = plot(summary).axes[1]
+    assert [text.get_text() for text in by_distance.texts] == ["0.00", "nan", "0.50", *["1.00"] * 5]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
