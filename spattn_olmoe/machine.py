@@ -77,6 +77,11 @@ def gpu_hours(flops: float, gpu: str = "h100") -> float:
     return flops / (GPUS[gpu].flops * ASSUMED_MFU) / 3600
 
 
+def gpu_time(hours: float) -> str:
+    """Hours of GPUs as they are printed, minutes below one."""
+    return f"{hours:,.1f} GPU-hours" if hours >= 1 else f"{60 * hours:.1f} GPU-minutes"
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of a device; None where it is not known."""
     if device.type != "cuda":

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..commands import HEAD, train_command
-from ..machine import ASSUMED_MFU
+from ..machine import ASSUMED_MFU, gpu_time
 from ..train.config import ExperimentConfig
 from ..train.dry_run import short
 from ..train.layout import Layout
@@ -82,7 +82,7 @@ def _run_table(plan: Plan) -> Table:
         table.add_row("time", "not known: trainer.max_duration is in epochs")
     else:
         days = plan.gpu_hours / plan.ranks / 24
-        table.add_row("time", f"{plan.gpu_hours:,.0f} GPU-hours, {days:,.2f} days, for {short(plan.tokens)} tokens")
+        table.add_row("time", f"{gpu_time(plan.gpu_hours)}, {days:,.2f} days, for {short(plan.tokens)} tokens")
     table.caption = (
         f"Time is FLOPs over {ASSUMED_MFU:.0%} of the bfloat16 peak, whatever the layout: "
         "an assumption; nothing was timed."

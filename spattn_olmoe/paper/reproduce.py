@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..machine import ASSUMED_MFU, GPUS, default_device, describe
+from ..machine import ASSUMED_MFU, GPUS, default_device, describe, gpu_time
 from ..metrics import METRICS_FILE
 from ..patterns import find_variant
 from . import appendix, conversion, loss_by_tokens, masks, page, report
@@ -170,8 +170,8 @@ def _print_dry_run(runs: list[Run], scale: Scale, table: str) -> None:
     print(f"python scripts/prepare_data.py --config {data}{whole}")
     for run in runs:
         own = costs[run.name]
-        hours = f", {own.gpu_hours:,.1f} GPU-hours" if scale.needs_gpu else ""
-        print(f"\n# {run.name}: {own.tokens:,} tokens, {own.flops:.3g} FLOPs{hours}")
+        time = f", {gpu_time(own.gpu_hours)}" if scale.needs_gpu else ""
+        print(f"\n# {run.name}: {own.tokens:,} tokens, {own.flops:.3g} FLOPs{time}")
         print(shlex.join(run_command(run, scale)))
         scores = suite_command(run, scale, table)
         if scores:
@@ -181,7 +181,7 @@ def _print_dry_run(runs: list[Run], scale: Scale, table: str) -> None:
     if scale.needs_gpu:
         total = sum(c.gpu_hours for c in costs.values())
         print(
-            f"; {total:,.1f} GPU-hours at {ASSUMED_MFU:.0%} (assumed, not measured) of an H200's "
+            f"; {gpu_time(total)} at {ASSUMED_MFU:.0%} (assumed, not measured) of an H200's "
             f"{GPUS['h200'].flops / 1e12:.0f} dense bfloat16 TFLOP/s",
             end="",
         )

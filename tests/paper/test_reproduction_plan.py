@@ -115,6 +115,13 @@ def test_a_dry_run_says_what_it_would_launch(reproduce, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_of_minutes_states_minutes(reproduce):
+    code, out, _ = reproduce("table3", "--scale", "gpu", "--seeds", "1", "--variants", "dense", "--dry-run")
+    assert code == 0 and "GPU-hours" not in out
+    assert re.search(r"^# gpu-dense-seed0: 52,428,800 tokens, 2e\+16 FLOPs, 1\.3 GPU-minutes$", out, re.MULTILINE)
+    assert "; 1.3 GPU-minutes at 25% (assumed, not measured)" in out
+
+
 ONE = ("--seeds", "1", "--variants", "eball")
 
 BAD = {
