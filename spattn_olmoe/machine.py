@@ -24,7 +24,7 @@ PACKAGES = (
 
 
 class Bound(NamedTuple):
-    """What a GPU was measured to reach: bfloat16 operations and bytes of memory, a second."""
+    """What no kernel exceeds: dense bfloat16 operations and bytes of memory, a second."""
 
     flops: float
     bytes: float
@@ -32,29 +32,29 @@ class Bound(NamedTuple):
 
 @dataclass(frozen=True)
 class GPU:
-    """What data sheets state of one GPU, and what was measured on it.
+    """What data sheets state of one GPU.
 
     :param name: as it is printed.
     :param memory: bytes.
     :param flops: dense bfloat16 operations a second.
+    :param bandwidth: bytes of memory a second.
     :param source: where the figures stand.
-    :param measured: with large matrix products and copies; None where nobody has measured.
     """
 
     name: str
     memory: float
     flops: float
+    bandwidth: float
     source: str
-    measured: Bound | None = None
 
 
 GPUS = {
     gpu.name.lower(): gpu
     for gpu in (
-        GPU("H100", 80e9, 989e12, "NVIDIA H100 SXM data sheet"),
-        GPU("H200", 141e9, 989e12, "NVIDIA H200 SXM data sheet", Bound(790e12, 4.3e12)),
-        GPU("A100", 80e9, 312e12, "NVIDIA A100 80GB SXM data sheet"),
-        GPU("B200", 180e9, 2250e12, "NVIDIA DGX B200 data sheet, an eighth"),
+        GPU("H100", 80e9, 989e12, 3.35e12, "NVIDIA H100 SXM data sheet"),
+        GPU("H200", 141e9, 989e12, 4.8e12, "NVIDIA H200 SXM data sheet"),
+        GPU("A100", 80e9, 312e12, 2.039e12, "NVIDIA A100 80GB SXM data sheet"),
+        GPU("B200", 180e9, 2250e12, 8e12, "NVIDIA DGX B200 data sheet, an eighth"),
     )
 }
 """The GPUs that estimates are made for, by the name that command lines take."""
@@ -91,9 +91,9 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def bound(device: str) -> Bound | None:
-    """What the GPU was measured to reach; None where it was not, and for its relatives with other clocks or memory."""
+    """What the GPU's data sheet allows; None of others, and of its relatives with other clocks or memory."""
     name = device_name(device)
-    return next((gpu.measured for gpu in GPUS.values() if name == f"NVIDIA {gpu.name}"), None)
+    return next((Bound(gpu.flops, gpu.bandwidth) for gpu in GPUS.values() if name == f"NVIDIA {gpu.name}"), None)
 
 
 COMMIT = "SPATTN_COMMIT"
