@@ -14,7 +14,7 @@ from typing import Any
 from olmo_core.aliases import PathOrStr
 from olmo_core.distributed.utils import broadcast_object, get_rank
 from olmo_core.exceptions import OLMoCheckpointError
-from olmo_core.io import is_url
+from olmo_core.io import is_url, normalize_path
 from olmo_core.train import Checkpointer
 from olmo_core.train.callbacks import Callback, CheckpointerCallback
 from olmo_core.train.callbacks.checkpointer import CheckpointRemovalStrategy
@@ -34,30 +34,41 @@ class SafeCheckpointer(CheckpointerCallback):
 
     The run ends then, for it would train on without a net. Earlier checkpoints are not touched.
 
+    A checkpoint that the run was resumed from is its newest: the same step is not saved again, since a folder is cleared
+    before it is written, and whatever ended the run in between would cost the checkpoint.
+
     What a signal makes a run save is temporary: the run that resumes from it removes it once it has saved the next.
     """
 
+    def post_checkpoint_loaded(self, path: PathOrStr) -> None:
+        if is_own(self.save_folder, path):
+            self._latest_checkpoint_step, self._latest_checkpoint_path = self.step, str(path)
+
     def pre_train(self) -> None:
+        self._resumed_at = self._latest_checkpoint_step
         super().pre_train()
         logging.getLogger("concurrent.futures").addFilter(_not_raised_later)
         self._after_signals: list[str] = []
         if self.enabled and self.remove != CheckpointRemovalStrategy.never and not is_url(self.save_folder):
-            found = list(self.checkpointer.find_checkpoints(self.save_folder)) if get_rank() == 0 else []
-            known = set(self._ephemeral_checkpoints)
-            self._after_signals = broadcast_object(
-                [
-                    str(path)
-                    for step, path in found
-                    if step <= self.step and str(path) not in known and _is_temporary(path)
-                ]
-            )
+            permanent, self._after_signals = broadcast_object(self._earlier() if get_rank() == 0 else ([], []))
+            self._checkpoints = permanent + self._checkpoints  # else max_checkpoints would count each start's anew
+
+    def _earlier(self) -> tuple[list[str], list[str]]:
+        """Checkpoints of earlier starts up to this step, oldest first: permanent ones, and temporary ones that OLMo-core
+        does not know by their step."""
+        known = {*self._checkpoints, *self._ephemeral_checkpoints}
+        found = sorted(self.checkpointer.find_checkpoints(self.save_folder))
+        paths = [str(path) for step, path in found if step <= self.step and str(path) not in known]
+        temporary = [path for path in paths if _is_temporary(path)]
+        return [path for path in paths if path not in temporary], temporary
 
     def post_train_batch(self) -> None:
         super().post_train_batch()
         self._drop_those_after_signals()
 
     def post_train(self) -> None:
-        if self.enabled and self.trainer.is_canceled and self.step > self._latest_checkpoint_step:
+        stopped = self.trainer.is_canceled and not self.trainer._duration_due(self.trainer.max_duration)
+        if self.enabled and stopped and self.step > self._latest_checkpoint_step:
             self._save_checkpoint(save_async=False, ephemeral=True)
         super().post_train()
         self._drop_those_after_signals()
@@ -65,12 +76,14 @@ class SafeCheckpointer(CheckpointerCallback):
 
     def _drop_those_after_signals(self) -> None:
         """Schedule the temporary checkpoints of earlier runs for removal, which waits until the newest save is finished."""
-        if self._latest_checkpoint_step >= 0:
+        if self._latest_checkpoint_step > self._resumed_at:
             for path in self._after_signals:
                 self._schedule_for_removal(path)
             self._after_signals = []
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> str:
+        if self.step == self._latest_checkpoint_step:
+            return self._latest_checkpoint_path
         step = f"{self.save_folder}/{self.checkpointer.checkpoint_dirname(self.step)}"
         if (problem := find_non_finite(self.trainer.train_module)) is not None:
             raise SaveError(
@@ -100,6 +113,14 @@ class SafeCheckpointer(CheckpointerCallback):
             f"{free}Earlier checkpoints are intact, and the same command resumes from the newest. If space (or quota) was "
             "lacking, free some first, or copy the newest into another trainer.save_folder"
         )
+
+
+def is_own(save_folder: PathOrStr, checkpoint: PathOrStr) -> bool:
+    """Whether a checkpoint is one of the run that writes a folder, however the two are spelled."""
+    folder, checkpoint = str(normalize_path(save_folder)), str(normalize_path(checkpoint))
+    if is_url(folder) or is_url(checkpoint):
+        return checkpoint.rpartition("/")[0] == folder.rstrip("/")
+    return Path(checkpoint).parent.resolve() == Path(folder).resolve()
 
 
 def _cause(error: BaseException) -> str:

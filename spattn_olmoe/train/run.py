@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from olmo_core.distributed.utils import broadcast_object, get_rank
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.io import is_url, normalize_path
+from olmo_core.io import is_url
 from olmo_core.nn.transformer import TransformerBlockConfig, TransformerConfig
 from olmo_core.train import LoadStrategy, Trainer, prepare_training_environment
 from olmo_core.train.callbacks import ConfigSaverCallback, ConsoleLoggerCallback, SpeedMonitorCallback
@@ -29,7 +29,7 @@ from ..model.unpickling import reading
 from ..patterns.head_order import NATURAL
 from . import ddp, output
 from .allocator import keep_freed_memory
-from .checkpoints import CheckpointFiles
+from .checkpoints import CheckpointFiles, is_own
 from .config import ExperimentConfig
 from .dry_run import in_a_line
 from .evaluators import check_evaluators, check_not_empty, held_out_datasets, label_all_files
@@ -280,7 +280,7 @@ def check_resume(config: ExperimentConfig, checkpoint: str | None) -> Experiment
             changed = check_checkpoint(
                 checkpoint, config.model_with_attention(), allow_attention_change=config.allow_attention_change
             )
-            if _is_own(config.trainer.save_folder, checkpoint):
+            if is_own(config.trainer.save_folder, checkpoint):
                 check_same_data(config, checkpoint)
         except (ValueError, OLMoConfigurationError) as raised:
             error = str(raised)
@@ -311,15 +311,10 @@ def with_order_of(config: ExperimentConfig, checkpoint: str | None) -> Experimen
 
 def load(trainer: Trainer, checkpoint: str) -> None:
     """Load the checkpoint that was found intact, before the trainer would look for one by itself."""
-    own = _is_own(trainer.save_folder, checkpoint)
+    own = is_own(trainer.save_folder, checkpoint)
     if own and trainer.load_path is not None:
         log.warning("trainer.load_path=%s is passed over: the run resumes from %s", trainer.load_path, checkpoint)
     log.info("resuming from %s", checkpoint)
     whole = True if own else None  # as Trainer.fit: all of a run's own state, else as the trainer is configured
     with reading(checkpoint):
         trainer.load_checkpoint(checkpoint, load_trainer_state=whole, load_optim_state=whole)
-
-
-def _is_own(save_folder: str, checkpoint: str) -> bool:
-    """Whether a checkpoint is one of the run's own."""
-    return str(checkpoint).startswith(str(normalize_path(save_folder)).rstrip("/") + "/")

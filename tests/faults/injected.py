@@ -52,6 +52,15 @@ class Signal(Fault):
 
 
 @dataclass
+class SignalAtStart(Fault):
+    """SIGTERM once the checkpoint is loaded, before the first step."""
+
+    def pre_train(self) -> None:
+        if self.due:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@dataclass
 class Poison(Fault):
     """NaN in a weight, behind the optimiser's back."""
 

@@ -118,3 +118,9 @@ class Run:
 
     def steps(self) -> list[str]:
         return sorted(path.name for path in self.folder.glob("step*"))
+
+    def files(self, checkpoint: str) -> dict[str, tuple[int, int]]:
+        """Each file of a checkpoint, with what changes when it is written again."""
+        root = self.folder / checkpoint
+        found = {path.relative_to(root).as_posix(): path.stat() for path in root.rglob("*") if path.is_file()}
+        return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in sorted(found.items())}

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from spattn_olmoe.model.checkpoint_files import find_checkpoint, find_damage, resolve_checkpoint, write_checksums
+from spattn_olmoe.train.checkpoints import is_own
 from tests.faults.injected import inject
 from tests.faults.processes import Run
 
@@ -146,6 +147,33 @@ def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints(unbroken, new_r
     assert find_damage(str(run.folder / "step4")) is None
     assert find_checkpoint(run.folder) == str(run.folder / "step4")
     assert run() == 0, run.log
+    assert run.curve == unbroken.curve
+
+
+def test_a_finished_run_is_not_saved_again(unbroken, new_run):
+    run = new_run()
+    shutil.copytree(unbroken.folder, run.folder)
+    before = run.files("step12")
+    assert run() == 0, run.log
+    assert run.files("step12") == before
+
+
+@pytest.mark.parametrize("spelling", ["{}/", "{}/../run", "{}//"])
+def test_a_runs_own_checkpoint_is_known_however_its_folder_is_spelled(tmp_path, spelling):
+    assert is_own(spelling.format(tmp_path / "run"), tmp_path / "run" / "step4")
+    assert not is_own(spelling.format(tmp_path / "run"), tmp_path / "run2" / "step4")
+
+
+def test_no_more_checkpoints_are_kept_however_often_the_run_is_resumed(unbroken, new_run):
+    run = new_run("trainer.callbacks.checkpointer.save_interval=2", "trainer.callbacks.checkpointer.max_checkpoints=2")
+    for stop, kept in ((5, ["step4", "step5"]), (8, ["step6", "step8"])):
+        assert run(f"trainer.hard_stop={{value: {stop}, unit: steps}}") == 0, run.log
+        assert run.steps() == kept
+    flip(run.folder / "step8" / WEIGHTS)
+    assert run("trainer.hard_stop={value: 10, unit: steps}") == 0, run.log
+    assert run.steps() == ["step10", "step8"]
+    assert run() == 0, run.log
+    assert run.steps() == ["step10", "step12"]
     assert run.curve == unbroken.curve
 
 

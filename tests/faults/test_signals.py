@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 
@@ -62,6 +63,35 @@ def test_checkpoints_of_signals_do_not_pile_up(unbroken, new_run):
     assert run() == 0, run.log
     assert run.steps() == ["step12"]
     assert run.curve == unbroken.curve
+
+
+def test_sigterm_while_a_resumed_run_starts_leaves_its_checkpoint_alone(unbroken, new_run):
+    run = new_run()
+    assert run("trainer.hard_stop.value=8", "trainer.hard_stop.unit=steps") == 0, run.log
+    before = run.files("step8")
+    assert run(inject("SignalAtStart", at=8)) == 143, run.log
+    assert run.files("step8") == before
+    assert run() == 0, run.log
+    assert run.steps() == ["step12", "step4", "step8"]
+    assert run.files("step8") == before
+    assert run.curve == unbroken.curve
+
+
+def test_a_checkpoint_of_a_signal_is_replaced_by_the_next_and_not_before(unbroken, new_run):
+    run = new_run()
+    assert run(inject("Signal", at=6)) == 143, run.log
+    before = run.files("step6")
+    assert run(inject("SignalAtStart", at=6)) == 143, run.log
+    assert run.steps() == ["step4", "step6"] and run.files("step6") == before
+    assert run() == 0, run.log
+    assert run.steps() == ["step12", "step4", "step8"]
+    assert run.curve == unbroken.curve
+
+
+def test_the_checkpoint_of_the_last_step_is_permanent_though_a_signal_comes_in_it(new_run):
+    run = new_run("trainer.callbacks.checkpointer.save_interval=100")
+    assert run(inject("Signal", at=12)) == 143, run.log
+    assert json.loads((run.folder / "step12/.metadata.json").read_text())["ephemeral"] is False
 
 
 @pytest.mark.parametrize("how", ["synchronous", "asynchronous"])
