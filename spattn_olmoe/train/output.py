@@ -29,6 +29,7 @@ NORMAL = re.compile(
     r"|Grouped GEMM not available"
     r"|DTensor random operators may not have complete support on cpu device mesh"
     r"|Skipping EP-MP high-priority group creation because backend is 'gloo'"
+    r"|Restoring data loading state with a different data seed"  # keep_seeds() names it
     r"|FutureWarning: `?torch\.distributed\.[\w.]+`? is deprecated"
 )
 """Warnings of libraries about what is as it should be here: they go to the file alone."""

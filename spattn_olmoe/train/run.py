@@ -38,6 +38,7 @@ from .finite import find_non_finite
 from .layout import check_layout
 from .metrics import MetricsFile, run_folder
 from .progress import Progress, Throughput
+from .resume import keep_seeds, options_of_the_config
 from .shards import DATA_FILE, check_data, check_same_data, data_files, shard_hashes, tokenizer_file, verify_shards
 from .watch import Heartbeat, Stragglers
 
@@ -86,6 +87,8 @@ def prepare(config: ExperimentConfig, *, verify_data: bool = False, verbose: boo
             raise ValueError(
                 f"no checkpoint to resume from is finite: {', '.join(passed_over)}; start in another folder"
             )
+    if checkpoint is not None:
+        keep_seeds(trainer, checkpoint)
     check_work_left(trainer)
     return trainer
 
@@ -316,5 +319,5 @@ def load(trainer: Trainer, checkpoint: str) -> None:
         log.warning("trainer.load_path=%s is passed over: the run resumes from %s", trainer.load_path, checkpoint)
     log.info("resuming from %s", checkpoint)
     whole = True if own else None  # as Trainer.fit: all of a run's own state, else as the trainer is configured
-    with reading(checkpoint):
+    with reading(checkpoint), options_of_the_config(trainer):
         trainer.load_checkpoint(checkpoint, load_trainer_state=whole, load_optim_state=whole)
