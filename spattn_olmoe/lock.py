@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import fcntl
 import json
 import logging
 import os
-import signal
 import socket
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from .exit_code import keep
 from .json_files import parse_json
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,8 @@ class Lock:
     The file names its holder: host, job, pid, and since when; empty, it is free. Where the file system has ``flock``, the
     kernel frees it with the process. Some have none, or one that other machines do not see: a holder also gives the file
     a new time every :data:`BEAT` seconds, and whoever wants the lock of another machine watches for that, by changes,
-    not by clocks.
+    not by clocks. A holder that was silent for too long, and whose lock was taken over, ends at once when it finds out: the
+    folder is another's.
 
     :raises ValueError: somebody else holds it.
     """
@@ -62,10 +64,12 @@ class Lock:
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
 
     def release(self) -> None:
-        """Free the lock."""
+        """Free the lock. One that was taken over is left to its holder."""
         if self._file >= 0:
             self._ended.set()
-            os.ftruncate(self._file, 0)
+            with contextlib.suppress(OSError):  # the file was removed
+                if self._read() == self._record:
+                    os.ftruncate(self._file, 0)
             self._close()
 
     def _acquire(self, patience: float) -> None:
@@ -83,18 +87,13 @@ class Lock:
 
     def _free(self) -> bool:
         """Whether nobody holds the lock. Where the kernel can tell, it is ours from here on."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            kernel_knows = True
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                return False
-            kernel_knows = False  # no flock here
+        if (granted := flock(self._file)) is False:
+            return False
         record = self._read()
         if not record:
             return True
         holder = _holder(record)
-        if kernel_knows and holder.get("host") == socket.gethostname():
+        if granted and holder.get("host") == socket.gethostname():
             return True
         log.info("%s was locked by %s: looking whether it still lives", self.path.parent, _describe(holder))
         before = self._signs_of_life()
@@ -114,20 +113,34 @@ class Lock:
     def _beat(self) -> None:
         while not self._ended.wait(self._beat_seconds):
             try:
-                os.utime(self._file)
                 lost = self._read() != self._record
+                if not lost:
+                    os.utime(self._file)
             except OSError as error:
                 log.warning("the lock %s cannot be renewed: %s", self.path, error)
                 continue
             if lost and not self._ended.is_set():
-                log.error("%s was taken over by another process: this one ends", self.path.parent)
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
+                log.error(
+                    "%s was taken over (see %s): this process ends, and saves nothing there",
+                    self.path.parent,
+                    self.path,
+                )
+                keep(1)
+                os._exit(1)  # not by a signal: that would end in a checkpoint
 
     def _close(self) -> None:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+
+def flock(file: int) -> bool | None:
+    """Lock an open file or folder until it is closed: whether nobody else has; None where the file system cannot lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
+    return True
 
 
 def _job() -> str:

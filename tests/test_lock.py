@@ -87,6 +87,9 @@ def test_the_next_attempt_of_the_same_job_waits_for_the_last_one_to_end(
     Lock(tmp_path, patience=60).release()
 
 
+ANOTHER = '{"host": "another"}'
+
+
 def no_flock(*_: object) -> None:
     raise OSError(errno.ENOSYS, "no flock on this file system")
 
@@ -112,5 +115,31 @@ def test_a_holder_on_another_machine_is_known_by_its_signs_of_life(
 
 def test_a_process_whose_lock_was_taken_over_ends(tmp_path: Path):
     first = holder(tmp_path)
-    (tmp_path / "lock").write_text('{"host": "another"}')
-    assert first.wait(timeout=30) == -signal.SIGTERM
+    (tmp_path / "lock").write_text(ANOTHER)
+    assert first.wait(timeout=30) == 1
+    assert (tmp_path / "lock").read_text() == ANOTHER
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_the_lock_of_another_holder_is_not_freed(tmp_path: Path, removed: bool):
+    lock = Lock(tmp_path)
+    (tmp_path / "lock").write_text(ANOTHER)
+    if removed:
+        (tmp_path / "lock").unlink()
+    lock.release()
+    assert removed or (tmp_path / "lock").read_text() == ANOTHER
+
+
+def test_a_run_that_stood_still_ends_and_the_one_that_took_over_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first = holder(tmp_path)
+    os.killpg(first.pid, signal.SIGSTOP)
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    second = Lock(tmp_path, beat=0.2)
+    record = (tmp_path / "lock").read_text()
+    os.killpg(first.pid, signal.SIGCONT)
+    assert first.wait(timeout=30) == 1
+    assert (tmp_path / "lock").read_text() == record and f'"pid": {os.getpid()}' in record
+    second.release()
+    assert (tmp_path / "lock").read_text() == ""

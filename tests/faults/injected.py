@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -174,6 +175,16 @@ class SlowToHear(Fault):
 
     def post_train(self) -> None:
         print(f"rank {get_rank()} stops after step {self.step}", flush=True)
+
+
+@dataclass
+class LockTakenOver(Fault):
+    """Another process writes its name into the run's lock, as it does where the run has been silent for too long."""
+
+    def pre_optim_step(self) -> None:
+        if self.due:
+            (Path(self.trainer.save_folder) / "lock").write_text(json.dumps({"host": "another"}))
+            time.sleep(60)
 
 
 @dataclass

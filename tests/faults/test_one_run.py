@@ -45,3 +45,16 @@ def test_the_exit_code_is_kept(new_run: Callable[..., Run], tmp_path, overrides,
         run.wait(processes)
     assert processes[0].exitcode == status, run.log
     assert kept_in.read_text() == f"{kept}\n"
+
+
+def test_a_run_whose_lock_was_taken_over_ends_with_one_line_and_saves_nothing(new_run: Callable[..., Run], tmp_path):
+    run = new_run()
+    kept_in = tmp_path / "code"
+    with run.started(inject("LockTakenOver", at=6), env={"SPATTN_EXIT_CODE": str(kept_in)}) as processes:
+        assert run.wait(processes) == 1
+    (line,) = [line for line in run.log.splitlines() if line.startswith("error: ")]
+    assert f"{run.folder} was taken over (see {run.folder}/lock): this process ends" in line
+    assert "Traceback" not in run.log
+    assert run.steps() == ["step4"]
+    assert (run.folder / "lock").read_text() == '{"host": "another"}'
+    assert kept_in.read_text() == "1\n"
