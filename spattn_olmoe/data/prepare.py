@@ -8,7 +8,6 @@ disk; a run that starts again cuts the shards back to that point and resumes.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import multiprocessing
@@ -28,6 +27,7 @@ import numpy as np
 from .. import __version__
 from ..files import sync_folder
 from ..json_files import parse_json
+from ..lock import flock
 from . import manifest as manifest_module
 from . import progress as progress_module
 from .chunks import Chunk, Position
@@ -91,10 +91,14 @@ def _locked(folder: Path) -> Iterator[None]:
     """Keep other processes out; the lock goes with the process, however it ends."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        granted = flock(handle)
+        if granted is False:
+            raise ValueError(f"{folder}: another process is preparing it; wait for it or choose another output")
+        if granted is None:
+            log.warning(
+                "%s: its file system has no locks: nothing keeps a second process from preparing it too", folder
+            )
         yield
-    except BlockingIOError as error:
-        raise ValueError(f"{folder}: another process is preparing it; wait for it or choose another output") from error
     finally:
         os.close(handle)
 

@@ -24,6 +24,7 @@ from ..commands import environment, relative, script_command, train_command
 from ..data import prepare
 from ..files import replace_file
 from ..json_files import read_json
+from ..lock import flock
 from ..machine import default_device, describe
 from ..metrics import METRICS_FILE, read_metrics
 from ..model.checkpoint_files import find_checkpoint
@@ -166,9 +167,7 @@ def trained_steps(folder: Path) -> int:
 def only_one(folder: Path, say: Say) -> Iterator[int]:
     """Hold a run's folder, waiting for whoever trains there; a file descriptor that holds it as long as it is open."""
     with open(folder / "reproduction.lock", "w") as file:  # "lock" is the training's own
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if flock(file.fileno()) is False:  # where there are no locks, the training's own still keeps others out
             say(f"{folder} is being trained by another process: waiting for it to end")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import gzip
 import json
 import os
@@ -260,6 +262,23 @@ def test_two_processes_do_not_write_to_one_folder(documents: list[str], make_con
 
     manifest = prepare(config, report=prepare_again)
     assert manifest.count("train").documents == len(documents)
+
+
+def test_where_the_file_system_has_no_locks_a_corpus_is_prepared_with_a_warning(
+    documents: list[str],
+    make_config: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def no_flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    config = make_config(write_jsonl(tmp_path / "a.jsonl", documents))
+    assert prepare(config).count("train").documents == len(documents)
+    (warning,) = [record.getMessage() for record in caplog.records if "locks" in record.getMessage()]
+    assert warning.startswith(f"{config.output}: ")
 
 
 def test_an_unfinished_corpus_is_no_corpus(documents: list[str], make_config: Make, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -120,3 +122,13 @@ def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path: Path):
     assert len(said) == 1 and "waiting for it to end" in said[0]
     with only_one(tmp_path, said.append):
         assert len(said) == 1
+
+
+def test_a_folder_is_trained_in_where_the_file_system_has_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    said: list[str] = []
+    with only_one(tmp_path, said.append):
+        assert not said
