@@ -3,6 +3,10 @@
 The block mask is computed from the pattern's distance intervals, once per shape, and shared by all layers; of a pattern
 that follows the content anew for every call, from what the pattern knows of its blocks. On a CPU
 FlexAttention has no backward pass and runs uncompiled here: for checking results, not for speed.
+
+Every mask, batch size, number of heads and length is compiled by itself, with and without gradients. So that a workload
+whose lengths vary needs few of them, inputs are padded to one of few lengths (:func:`padded_length`), and too many are an
+error (:data:`GRAPHS`): uncompiled on a GPU, FlexAttention holds all T x T scores.
 """
 
 from __future__ import annotations
@@ -12,7 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -24,10 +30,38 @@ from .documents import document_starts
 BLOCK = 128
 """Side of the square blocks that a block mask keeps or skips; FlexAttention's default."""
 
+GRAPHS = 256
+"""How often FlexAttention is compiled in one process, at most. PyTorch's own limit is 8, which two masks can reach."""
+
 
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+def compiled(backend: str = "inductor") -> Callable[..., Tensor]:
+    """FlexAttention as it runs on a GPU: compiled as a whole, or not at all."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float, enable_gqa: bool) -> Any:
+        return flex_attention(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=enable_gqa)
+
+    # A function of our own, so that nobody else's graphs count. Without fullgraph it would run uncompiled at the limit.
+    whole = torch.compile(attend, dynamic=False, fullgraph=True, backend=backend)
+
+    def call(*args: Any, **options: Any) -> Tensor:
+        try:
+            with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+                return whole(*args, **options)
+        except FailOnRecompileLimitHit as error:
+            raise ValueError(
+                f"attention.impl='flex' has been compiled {GRAPHS} times in this process, once for every mask, batch size, "
+                "number of heads and length: use fewer of them, or impl='triton' where the mask is of distance intervals"
+            ) from error
+
+    return call
+
+
+def padded_length(T: int) -> int:
+    """The length that an input of ``T`` tokens is computed at: whole blocks, and at most 8 lengths from one power of two
+    to the next. Lengths of at most 1024 are multiples of :data:`BLOCK`, longer ones grow by less than an eighth."""
+    step = max(BLOCK, 1 << T.bit_length() >> 4)
+    return -(-T // step) * step
 
 
 @torch.compiler.disable  # FlexAttention is compiled by itself, once; block masks are made outside of any graph
@@ -39,13 +73,17 @@ def run(call: Call) -> Tensor:
     on_cpu = call.q_BTHD.device.type == "cpu"
     if on_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in call[:3]):
         raise ValueError("attention.impl='flex' has no backward pass on a CPU: use impl='cpu' or 'reference'")
-    mask = mask_of_call(call.pattern, call.q_BTHD, call.k_BTGD, call.head_offset, call.cu_doc_lens)
-    q, k, v = (x.transpose(1, 2) for x in call[:3])
+    T = call.q_BTHD.shape[1]
+    # What is padded comes last, where no token attends it. Batches of documents are filled and all of one length.
+    padding = 0 if call.cu_doc_lens is not None else padded_length(T) - T
+    q_BTHD, k_BTGD, v_BTGD = (F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x for x in call[:3])
+    mask = mask_of_call(call.pattern, q_BTHD, k_BTGD, call.head_offset, call.cu_doc_lens)
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
     if on_cpu:  # it refuses inputs that require gradients even under no_grad
         q, k, v = q.detach(), k.detach(), v.detach()
-    attend: Any = flex_attention if on_cpu else _compiled()
+    attend: Any = flex_attention if on_cpu else compiled()
     out = attend(q, k, v, block_mask=mask, scale=call.scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2)
+    return out.transpose(1, 2)[:, :T]
 
 
 def mask_of_call(

@@ -9,7 +9,11 @@ from spattn_olmoe import attention
 from spattn_olmoe.kernels import Facts, cached_attention, choose
 from spattn_olmoe.patterns import available_variants, find_variant
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.filterwarnings("error:flex_attention called without torch.compile"),  # which a CPU may do
+]
 
 MASKS = [name for name in available_variants() if find_variant(name).build(4, 32).intervals is not None]
 LENGTHS = [1, 2, 17, 63, 64, 65, 127, 128, 129, 255, 1000, 1024, 2047, 2048, 4096, 4097]
@@ -58,7 +62,23 @@ def assert_close(actual, expected, tolerance):
         assert error <= tolerance * max(1.0, e.abs().max().item()), f"{name} is off by {error:.2e}"
 
 
-@pytest.mark.parametrize("draw", range(4))
+@pytest.mark.parametrize("G", [8, 2])
+@pytest.mark.parametrize("name", available_variants())
+def test_gate(name, G):
+    """Every mask once, in the dtype and head_dim that benchmarks measure: what benchmark.py gpu begins with."""
+    T = 1024
+    pattern = build(name, 8, T)
+    xs, d_out = tensors(2, T, 8, G, 128), torch.randn(2, T, 8, 128, device="cuda", dtype=torch.bfloat16)
+    exact = [x.detach().double().requires_grad_() for x in xs]
+    if (
+        pattern.follows_content
+    ):  # its mask is that of the rounded queries and keys, and near ties of buckets are no error
+        exact = [x.detach().clone().requires_grad_() for x in xs]
+    expected = with_gradients(lambda *x: attention(*x, pattern, "reference"), exact, d_out)
+    assert_close(with_gradients(lambda *x: attention(*x, pattern), xs, d_out), expected, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("draw", range(4), ids="draw{}".format)
 @pytest.mark.parametrize("T", LENGTHS)
 @pytest.mark.parametrize("name", MASKS)
 def test_agrees_with_the_reference(name, T, draw):

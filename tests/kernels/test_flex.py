@@ -39,6 +39,58 @@ def test_flex_with_gradients_on_a_cpu_is_refused(which):
         assert attention(*qkv, pattern, "flex").shape == qkv[0].shape
 
 
+# ---- how often it is compiled -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs():
+    """Graphs that FlexAttention was compiled to since the test began, by a compiler that leaves them as they are."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    yield graphs, flex.compiled(backend)
+    torch._dynamo.reset()
+
+
+def attend_compiled(compiled, pattern, T):
+    H = pattern.n_heads
+    q = torch.randn(1, H, T, 8)
+    mask = flex.block_mask(pattern, 1, T, H, 0, CPU)
+    return compiled(q, q, q, block_mask=mask, scale=1.0, enable_gqa=False)
+
+
+@pytest.mark.filterwarnings("error:flex_attention called without torch.compile")
+def test_more_masks_and_shapes_than_pytorch_would_compile_are_compiled(graphs):
+    found, compiled = graphs
+    for mask in ("exclusive", "sharing", "longformer", "bigbird", "reformer"):
+        for T in (128, 256, 384):
+            for _ in range(2):
+                attend_compiled(compiled, build(mask, 4, T), T)
+    assert len(found) == 15 > torch._dynamo.config.recompile_limit
+
+
+@pytest.mark.filterwarnings("error:flex_attention called without torch.compile")
+def test_beyond_the_limit_is_an_error_and_not_all_scores(graphs, monkeypatch):
+    _, compiled = graphs
+    monkeypatch.setattr(flex, "GRAPHS", 2)
+    for T in (128, 256):
+        attend_compiled(compiled, build("exclusive", 4, T), T)
+    with pytest.raises(ValueError, match=r"impl='flex' has been compiled 2 times in this process.*use fewer of them"):
+        attend_compiled(compiled, build("exclusive", 4, 384), 384)
+    attend_compiled(compiled, build("exclusive", 4, 128), 128)  # what is compiled still runs
+
+
+def test_lengths_that_vary_are_few_lengths_of_whole_blocks():
+    padded = {T: flex.padded_length(T) for T in range(1, 2**14 + 1)}
+    assert all(T <= to < T + max(flex.BLOCK, T / 8 + 1) and to % flex.BLOCK == 0 for T, to in padded.items())
+    assert len(set(padded.values())) == 8 + 4 * 8  # to 1024, and four doublings
+    assert all(padded[T] == T for T in (128, 1024, 3072, 4096, 16384))
+
+
 # ---- block masks -------------------------------------------------------------------------------------------------
 
 
