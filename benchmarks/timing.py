@@ -11,7 +11,10 @@ import torch
 
 Call = Callable[[], object]
 
-_SLEEP_CYCLES = 2_000_000  # about a millisecond, in which the host queues the launches of a call
+_SLEEP_CYCLES = 5_000_000
+"""Some 2.5 milliseconds, in which the host queues the launches of a call: it takes half a millisecond and more for them."""
+_LONGEST_SLEEP = 16 * _SLEEP_CYCLES
+"""Enough for a few hundred launches. A call that itself waits for the GPU fits no sleep, and is timed with its waits."""
 
 
 class Timing(NamedTuple):
@@ -58,14 +61,19 @@ def _cpu_ms(call: Call) -> float:
 
 
 def _gpu_ms(call: Call) -> float:
-    torch.empty(256 << 20, dtype=torch.uint8, device="cuda").zero_()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(_SLEEP_CYCLES)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+    cycles = _SLEEP_CYCLES
+    while True:
+        torch.empty(256 << 20, dtype=torch.uint8, device="cuda").zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(cycles)
+        start.record()
+        call()
+        end.record()
+        all_queued = not start.query()  # else the GPU began before the host was done, and may have waited for it
+        end.synchronize()
+        if all_queued or cycles >= _LONGEST_SLEEP:
+            return start.elapsed_time(end)
+        cycles *= 2
 
 
 def peak_bytes(call: Call) -> int:
