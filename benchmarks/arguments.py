@@ -13,9 +13,12 @@ from spattn_olmoe.patterns import find_variant
 
 def add_measuring(parser: argparse.ArgumentParser) -> None:
     """Of a benchmark that measures settings on one device, stores them and makes a table and a plot of them."""
-    parser.add_argument("--missing", action="store_true", help="leave out the settings that are stored already")
+    parser.add_argument(
+        "--missing", action="store_true", help="leave out what is stored without an error, of this commit and device"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--note", help="stored with the results, e.g. that the machine was shared")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for results; default: benchmarks/results/<device>")
     parser.add_argument("--report", action="store_true", help="measure nothing: make the table and the plot again")
 
 

@@ -3,10 +3,11 @@
     python scripts/benchmark.py attention                        # on a GPU all settings, on a CPU the CPU path
     python scripts/benchmark.py attention --quick                # the three settings that the goals are stated for
     python scripts/benchmark.py attention --settings 1x8x4096 --head-dims 128 --patterns exclusive
-    python scripts/benchmark.py attention --missing              # only the settings that are not stored yet
+    python scripts/benchmark.py attention --missing              # only what is not stored yet, of this commit
     python scripts/benchmark.py attention --report               # only the table and the plot, from the stored results
 
-A correctness gate runs first; a contender that gets it wrong is not timed. Results are stored after every setting.
+A correctness gate runs first; a contender that gets it wrong is not timed, and one that fails is a line of the results,
+which are stored after every mode of every setting. On a GPU everything is compiled ahead, in processes beside one another.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import argparse
 import gc
 import json
 import logging
-from collections.abc import Sequence
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch._functorch.config
 
 from benchmarks import arguments, contenders, report, timing
 from benchmarks.contenders import Attend
@@ -64,24 +68,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, store, and write table and plot. 1 if ours is wrong anywhere."""
     device = args.device or machine.default_device()
-    path = machine.results_folder(device) / "attention.json"
+    path = (args.out or machine.results_folder(device)) / "attention.json"
+    wrong = False
     if not args.report:
         if device == "cpu":
             print("No GPU: this times the CPU path.")
         store = Store(path, machine.describe(device, args.note))
         patterns = PATTERNS[:2] if args.quick else args.patterns
-        stored = {(row["setting"], row["pattern"]) for row in store.data["rows"]} if args.missing else set()
-        for setting in _settings(args, device):
-            if all((str(setting), pattern) in stored for pattern in patterns):
-                continue
-            rows = measure(setting, patterns, device, args.seconds)
-            store.add(setting, rows)
+        settings = _settings(args, device)
+        if args.missing:
+            settings = [setting for setting in settings if not _is_stored(setting, patterns, store)]
+        if device == "cuda":
+            compile_ahead(settings, patterns, device)
+        for setting in settings:
+            rows = []
+            for rows in measure(setting, patterns, device, args.seconds):
+                store.add(setting, rows)
             report.print_setting(setting, report.attention_lines(rows))
-            if any(row["contender"] == "ours" and "error" in row for row in rows):
-                return 1
+            wrong |= any(row["contender"] == "ours" and "error" in row for row in rows)
     for file in report.write(path, report.attention_markdown, report.attention_plot):
         print(f"wrote {file}")
-    return 0
+    return int(wrong)
+
+
+def _is_stored(setting: Setting, patterns: Sequence[str], store: Store) -> bool:
+    """Whether there are good times of ours for every mode. What a rival failed at is a result, and not tried again."""
+    ours = {(r["setting"], r["pattern"], r["mode"]) for r in store.good_rows() if r["contender"] == "ours"}
+    return all((str(setting), pattern, mode) in ours for pattern in patterns for mode in MODES)
 
 
 def _settings(args: argparse.Namespace, device: str) -> list[Setting]:
@@ -106,6 +119,11 @@ class Store:
         self.data = json.loads(path.read_text()) if path.exists() else {"runs": [], "rows": []}
         self.data["runs"].append(run)
 
+    def good_rows(self) -> list[dict[str, Any]]:
+        """Rows without an error, of the code and the device of this run."""
+        runs = self.data["runs"]
+        return [r for r in self.data["rows"] if "error" not in r and machine.same_setup(runs[r["run"]], runs[-1])]
+
     def add(self, setting: object, rows: list[dict[str, Any]]) -> None:
         """Replace all rows of a setting, which is known by what it prints."""
         kept = [row for row in self.data["rows"] if row["setting"] != str(setting)]
@@ -116,8 +134,39 @@ class Store:
         machine.write_json(self.path, {"runs": runs, "rows": rows})
 
 
-def measure(setting: Setting, patterns: Sequence[str], device: str, seconds: float) -> list[dict[str, Any]]:
-    """Rows of one setting: every contender, pattern and mode, timed in turns."""
+AHEAD = 120
+"""Seconds that compiling ahead may take. What is not compiled by then is compiled when it is measured."""
+
+
+def compile_ahead(settings: Sequence[Setting], patterns: Sequence[str], device: str) -> None:
+    """Measure every mask once, in processes beside one another, and forget the times.
+
+    What is compiled there is found on the disk by the process that measures: one after another it would take it longer
+    than a short measurement.
+    """
+    tasks = [(setting, pattern, device) for setting in settings for pattern in patterns]
+    if tasks:
+        # As many of the largest setting fit into the memory of a GPU. One that does not is compiled later.
+        with multiprocessing.get_context("spawn").Pool(min(len(tasks), os.cpu_count() or 1, 8)) as pool:
+            compiled = pool.starmap_async(_compile, tasks, chunksize=1)
+            compiled.wait(AHEAD)
+            if not (compiled.ready() and compiled.successful()):
+                log.warning("not everything could be compiled ahead: it is compiled where it is measured")
+
+
+def _compile(setting: Setting, pattern: str, device: str) -> None:
+    """Make all calls of a measurement. What fails here fails there again, and is reported."""
+    import torch._inductor.config
+
+    torch._inductor.config.compile_threads = 1  # no processes of its own
+    for _ in measure(setting, [pattern], device, 0):
+        pass
+
+
+def measure(setting: Setting, patterns: Sequence[str], device: str, seconds: float) -> Iterator[list[dict[str, Any]]]:
+    """Rows of one setting so far, after each mode: every contender and pattern, timed in turns."""
+    # A backward pass is timed again and again on one graph. A compiled one would take its tensors for its own results.
+    torch._functorch.config.donated_buffer = False
     B, H, N, D = setting
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     entrants: list[tuple[str, str, Pattern, Attend]] = []
@@ -141,20 +190,36 @@ def measure(setting: Setting, patterns: Sequence[str], device: str, seconds: flo
 
     xs = [torch.randn(B, N, H, D, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
     d_out = torch.randn_like(xs[0])
-    entrants = [entrant for entrant in entrants if _runs(entrant, xs, d_out, setting, rows)]
+
+    def started(mode: str, entrant: tuple[str, str, Pattern, Attend]) -> timing.Call | None:
+        """A contender's call, which has run twice, as it may spoil itself; where it does not run, its error is a row."""
+        label, name, _, attend = entrant
+        try:
+            call = _call(mode, attend, xs, d_out)
+            call()
+            call()
+        except Exception as error:  # out of memory, a limit on the length: a result like any other
+            message = f"{mode}: {type(error).__name__}: {str(error)[:200]}"
+            rows.append({"setting": str(setting), "pattern": label, "contender": name, "error": message})
+            return None
+        return call
+
+    entrants = [entrant for entrant in entrants if started("fwd+bwd", entrant)]
     peaks = {}
     if device == "cuda":
         peaks = {entrant[:2]: timing.peak_bytes(_both(entrant[3], xs, d_out)) for entrant in entrants}
     for mode in MODES:
-        calls = {f"{e[0]}/{e[1]}": _call(mode, e[3], xs, d_out) for e in entrants}
+        calls = {f"{e[0]}/{e[1]}": call for e in entrants if (call := started(mode, e))}
         times = timing.take_turns(calls, device, seconds * max(1, len(calls) // 3))
         del calls
         gc.collect()
         for label, name, pattern, _ in entrants:
-            found = times[f"{label}/{name}"]
+            found = times.get(f"{label}/{name}")
+            if found is None:
+                continue
             row = {"setting": str(setting), "pattern": label, "contender": name, "mode": mode, **found._asdict()}
             rows.append(row | _derived(setting, pattern, mode, found.ms, device) | {"peak": peaks.get((label, name))})
-    return rows
+        yield rows
 
 
 GATE_LENGTH = 512
@@ -190,18 +255,6 @@ def gate(attend: Attend | None, label: str, H: int, D: int, dtype: torch.dtype, 
         if not off <= TOLERANCE[dtype]:
             return f"wrong: {name} is off by {off:.1e} of its largest entry"
     return None
-
-
-def _runs(entrant: tuple, xs: list, d_out: torch.Tensor, setting: Setting, rows: list[dict[str, Any]]) -> bool:
-    """Whether a contender gets through the full size once; if not, its error is a row."""
-    label, name, _, attend = entrant
-    try:
-        _both(attend, xs, d_out)()
-    except Exception as error:  # out of memory, a limit on the length: a result like any other
-        message = f"{type(error).__name__}: {str(error)[:200]}"
-        rows.append({"setting": str(setting), "pattern": label, "contender": name, "error": message})
-        return False
-    return True
 
 
 def _both(attend: Attend, xs: list, d_out: torch.Tensor) -> timing.Call:

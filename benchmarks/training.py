@@ -2,11 +2,11 @@
 
     python scripts/benchmark.py training                     # on a GPU 1b7b and 0p25b1p75b, on a CPU the quickstart's model
     python scripts/benchmark.py training --quick             # 0p25b1p75b at N=1024 (the model of Table 2), 1b7b at 4096
-    python scripts/benchmark.py training --missing           # only what the result file does not have yet
+    python scripts/benchmark.py training --missing           # only what the result file does not have yet, of this commit
     python scripts/benchmark.py training --report            # only the table and the plot, from the stored results
 
 Every setup runs in a process of its own. One that does not fit into the GPU's memory is tried again with half the layers,
-for all masks of the setting, and the result states it. Results are stored after every setting.
+for all masks of the setting, and the result states it. Results are stored after every setup.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from subprocess import PIPE, TimeoutExpired
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import arguments, report
+from benchmarks import arguments, limited, report
 from benchmarks.attention import Store
 from benchmarks.training_step import Job
 from spattn_olmoe import machine
@@ -51,6 +51,7 @@ CONFIGS = {
     "table2": "table2_standard.yaml",
     "quickstart": "quickstart.yaml",
 }
+FILE = "training.json"
 MASKS = ("dense", "exclusive", "sharing")
 """What is compared unless asked otherwise."""
 GPU_LENGTHS, CPU_LENGTHS = (1024, 4096, 16384, 65536), (512, 1024)
@@ -75,19 +76,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, store, and write table and plot. 1 if no setting could be measured."""
     device = args.device or machine.default_device()
-    path = machine.results_folder(device) / "training.json"
+    folder = args.out or machine.results_folder(device)
     done = True
     if not args.report:
         settings = _settings(args, device)
         if device == "cpu":
             print("No GPU: this times the quickstart's model, some 2 M parameters, on the CPU.")
-        if args.missing and path.exists():
-            stored = {row["setting"] for row in json.loads(path.read_text())["rows"] if "error" not in row}
-            settings = [setting for setting in settings if str(setting) not in stored]
-        done = measure(
-            settings, path.parent, device, steps=args.steps, limit=args.limit, note=args.note, masks=args.patterns
-        )
-    for file in report.write(path, report.training_markdown, report.training_plot):
+        store = Store(folder / FILE, machine.describe(device, args.note))
+        if args.missing:
+            stored = {(row["setting"], row["attention"]) for row in store.good_rows()}
+            settings = [s for s in settings if not all((str(s), mask) in stored for mask in args.patterns)]
+        done = measure(settings, store, device, steps=args.steps, limit=args.limit, masks=args.patterns)
+    for file in report.write(folder / FILE, report.training_markdown, report.training_plot):
         print(f"wrote {file}")
     return 0 if done else 1
 
@@ -107,25 +107,23 @@ def _settings(args: argparse.Namespace, device: str) -> list[Setting]:
 
 def measure(
     settings: Sequence[Setting],
-    folder: Path,
+    store: Store,
     device: str,
     *,
     steps: int | None = None,
     limit: float = 300,
-    note: str | None = None,
     masks: Sequence[str] = MASKS,
 ) -> bool:
-    """Measure settings and store them in ``folder/training.json``, which keeps what it holds of other settings.
+    """Measure settings and store them, each mask as soon as it is measured; what is stored of other settings is kept.
 
     :param limit: seconds that one setup may take.
     :param masks: by name; ratios are taken to ``dense``.
     :returns: whether every setting has a time for every mask.
     """
-    store = Store(folder / "training.json", machine.describe(device, note))
     complete = True
     for setting in settings:
-        rows = _measure_setting(setting, device, steps or STEPS[device], limit, masks)
-        store.add(setting, rows)
+        for rows in _measure_setting(setting, device, steps or STEPS[device], limit, masks):
+            store.add(setting, rows)
         complete &= all("error" not in row for row in rows)
         report.print_setting(setting, report.training_lines(rows))
     return complete
@@ -133,20 +131,23 @@ def measure(
 
 def _measure_setting(
     setting: Setting, device: str, steps: int, limit: float, masks: Sequence[str] = MASKS
-) -> list[dict[str, Any]]:
-    """Rows of one setting: every mask, with the most layers of 1, 1/2, 1/4 ... of the model's that fit."""
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows of one setting so far, after each mask: all with the most layers of 1, 1/2, 1/4 ... of the model's that fit."""
     of_layers, layers = _layers_to_begin_with(setting, device)
     while True:
         rows = []
         for attention in masks:
             result = _run(_job(setting, attention, layers, device, steps), limit)
-            rows.append({"setting": str(setting), **setting._asdict(), "attention": attention} | result)
+            known = {"setting": str(setting), **setting._asdict(), "attention": attention, "of_layers": of_layers}
+            rows.append(known | result)
             if "out_of_memory" in result:
                 break
-        if not any("out_of_memory" in row for row in rows):
-            return [row | {"of_layers": of_layers} for row in rows]
+            yield rows
+        else:
+            return
         if layers == 1:
-            return [row | {"error": row.get("error") or "out of memory with one layer"} for row in rows]
+            yield [row | {"error": row.get("error") or "out of memory with one layer"} for row in rows]
+            return
         log.warning("%s: %d layers do not fit into memory; again with %d", setting, layers, layers // 2)
         layers //= 2
 
@@ -182,8 +183,8 @@ def _run(job: Job, limit: float) -> dict[str, Any]:
         job_file.write_text(json.dumps(asdict(job)))
         command = [sys.executable, "-m", "benchmarks.training_step", str(job_file), str(result_file)]
         try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
-        except subprocess.TimeoutExpired:
+            done = limited.run(command, limit, cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True)
+        except TimeoutExpired:
             return {"error": f"took more than {limit:.0f} s"}
         if result_file.exists():
             return json.loads(result_file.read_text())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -15,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import attention as benchmark  # noqa: E402
 from benchmarks import contenders, report, timing  # noqa: E402
 from spattn_olmoe import machine  # noqa: E402
+from spattn_olmoe.kernels import flex  # noqa: E402
 from spattn_olmoe.patterns import VARIANTS  # noqa: E402
 
 
@@ -68,6 +70,133 @@ def test_the_store_replaces_a_setting_and_keeps_the_others_with_their_runs(tmp_p
         (str(first), 1.0, "one"),
         (str(second), 2.0, "two"),
     ]
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """Runs the benchmark on a small setting, and tells the masks that it measured."""
+    code = {"commit": "a" * 40, "changed": False}
+    here, measure, found = machine.describe("cpu"), benchmark.measure, []
+    monkeypatch.setattr(machine, "describe", lambda device, note=None: here | code)
+
+    def watched(setting, patterns, *args):
+        found.append(str(setting))
+        return measure(setting, patterns, *args)
+
+    monkeypatch.setattr(benchmark, "measure", watched)
+
+    def run(*more):
+        found.clear()
+        parser = __import__("argparse").ArgumentParser()
+        benchmark.add_arguments(parser)
+        line = "--device cpu --settings 1x2x128 --head-dims 16 --patterns exclusive --seconds 0 --missing --out"
+        run.status = benchmark.run(parser.parse_args([*line.split(), str(tmp_path), *more]))
+        return len(found)
+
+    run.code, run.file = code, tmp_path / "attention.json"
+    return run
+
+
+def test_missing_is_what_has_an_error_or_no_row_or_is_of_another_commit(measured):
+    assert measured() == 1 and measured.status == 0
+    assert measured() == 0
+    assert measured("--patterns", "exclusive", "sharing") == 1
+    for change in ({"commit": "b" * 40}, {"changed": True}):
+        measured.code.update(change)
+        assert measured() == 1
+    assert measured() == 1  # what was measured with changes counts for nothing
+    measured.code["changed"] = False
+    assert measured() == 1 and measured() == 0
+    data = json.loads(measured.file.read_text())
+    data["rows"] = [row for row in data["rows"] if row["mode"] != "bwd"]
+    measured.file.write_text(json.dumps(data))
+    assert measured() == 1
+
+
+def with_rival(monkeypatch, make):
+    """One contender more under every mask."""
+    banded = contenders.banded
+
+    def more(device, pattern, T):
+        found, missing = banded(device, pattern, T)
+        return found | {"rival": make(pattern)}, missing
+
+    monkeypatch.setattr(contenders, "banded", more)
+
+
+def outcomes(rows, contender):
+    return [row.get("mode") or row["error"] for row in rows if row["contender"] == contender]
+
+
+SETTING = benchmark.Setting(1, 2, 512, 16)
+
+
+def test_the_backward_pass_of_compiled_flexattention_is_timed_again_and_again(monkeypatch):
+    monkeypatch.setattr(
+        torch.nn.attention.flex_attention, "_validate_device", lambda *tensors: None
+    )  # it has none on a CPU
+    compiled = flex.compiled("aot_eager_decomp_partition")
+
+    def rival(pattern):
+        def attend(q, k, v):
+            heads_first = (x.transpose(1, 2) for x in (q, k, v))
+            mask = flex.mask_of_call(pattern, q, k)
+            return compiled(*heads_first, block_mask=mask, scale=0.25, enable_gqa=False).transpose(1, 2)
+
+        return attend
+
+    with_rival(monkeypatch, rival)
+    *_, rows = benchmark.measure(SETTING, ["exclusive"], "cpu", 0)
+    assert outcomes(rows, "rival") == outcomes(rows, "ours") == list(benchmark.MODES)
+
+
+@pytest.mark.parametrize("mode", benchmark.MODES)
+def test_a_contender_that_fails_is_a_row_and_the_others_are_timed(monkeypatch, mode):
+    """It fails at the full size alone: in the forward pass without gradients, in backward for a second time, in both."""
+
+    def rival(pattern):
+        attend = contenders._sdpa(mask=pattern.dense_mask(pattern.band_length)[None])
+
+        def fails(q, k, v):
+            full = q.shape[0] > 1
+            if full and (mode == "fwd+bwd" or (mode == "fwd" and not torch.is_grad_enabled())):
+                raise RuntimeError("out of something")
+            out = attend(q, k, v)
+            if full and mode == "bwd" and out.requires_grad:
+                backward = []
+                out.register_hook(lambda grad: backward.append(0) or (1 / 0 if len(backward) == 2 else None))
+            return out
+
+        return fails
+
+    with_rival(monkeypatch, rival)
+    *stored, rows = benchmark.measure(SETTING._replace(B=2), ["exclusive"], "cpu", 0)
+    assert outcomes(rows, "ours") == list(benchmark.MODES) and len(stored) == 2
+    message = "ZeroDivisionError: division by zero" if mode == "bwd" else "RuntimeError: out of something"
+    others = [] if mode == "fwd+bwd" else [m for m in benchmark.MODES if m != mode]
+    assert set(outcomes(rows, "rival")) == {f"{mode}: {message}", *others}
+
+
+def test_every_mode_is_stored_as_soon_as_it_is_measured(measured, monkeypatch):
+    take_turns = timing.take_turns
+
+    def killed(calls, *args):
+        if measured.file.exists():
+            raise KeyboardInterrupt
+        return take_turns(calls, *args)
+
+    monkeypatch.setattr(timing, "take_turns", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measured()
+    assert {row["mode"] for row in json.loads(measured.file.read_text())["rows"]} == {"fwd"}
+
+
+def test_compiling_ahead_runs_what_is_measured_in_other_processes(caplog):
+    benchmark.compile_ahead([], ["exclusive"], "cpu")
+    benchmark.compile_ahead([SETTING], ["exclusive"], "cpu")
+    assert not caplog.records
+    benchmark.compile_ahead([SETTING], ["no such mask"], "cpu")
+    assert "not everything could be compiled ahead" in caplog.text
 
 
 def test_the_command_stores_results_with_their_machine_and_reports_them(tmp_path, monkeypatch, capsys):

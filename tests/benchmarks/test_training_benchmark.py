@@ -86,11 +86,11 @@ def fitting(layers_that_fit, asked):
 def test_layers_are_halved_for_all_attention_types_until_all_fit(monkeypatch):
     asked = []
     monkeypatch.setattr(training, "_run", fitting(2, asked))
-    rows = training._measure_setting(Setting("quickstart", 512, False), "cpu", 1, 10)
+    *_, rows = training._measure_setting(Setting("quickstart", 512, False), "cpu", 1, 10)
     assert asked == [4, 2, 2, 2, 1, 1, 1]
     assert [(row["attention"], row["layers"], row["of_layers"]) for row in rows] == [(a, 1, 4) for a in MASKS]
     monkeypatch.setattr(training, "_run", fitting(0, asked))
-    (row,) = training._measure_setting(Setting("quickstart", 512, False), "cpu", 1, 10)
+    ((row,),) = training._measure_setting(Setting("quickstart", 512, False), "cpu", 1, 10)
     assert row["error"] == "out of memory with one layer"
 
 
@@ -100,7 +100,56 @@ def arguments(*line):
     return parser.parse_args(line)
 
 
-def test_results_are_kept_and_reported(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def code(monkeypatch):
+    """What :func:`machine.describe` finds of the code, whatever state this checkout is in; a test may change it."""
+    code = {"commit": "a" * 40, "changed": False}
+    here = machine.describe("cpu")
+    monkeypatch.setattr(machine, "describe", lambda device, note=None: here | code)
+    return code
+
+
+def test_missing_is_what_has_an_error_or_no_row_or_is_of_another_commit(tmp_path, monkeypatch, code):
+    asked, broken = [], []
+    fits = fitting(9, asked)
+    monkeypatch.setattr(
+        training,
+        "_run",
+        lambda job, limit: fits(job, limit) if len(asked) not in broken else asked.append(0) or {"error": "no"},
+    )
+    line = ("--device", "cpu", "--lengths", "512", "--missing", "--out", str(tmp_path / "out"))
+
+    def measured():
+        before = len(asked)
+        training.run(arguments(*line))
+        return len(asked) - before
+
+    broken.append(1)  # of three masks the second
+    assert measured() == 3
+    assert measured() == 3
+    assert measured() == 0
+    code["commit"] = "b" * 40
+    assert measured() == 3
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"training.json", "training.md", "training.svg"}
+
+
+def test_every_mask_is_stored_as_soon_as_it_is_measured(tmp_path, monkeypatch, code):
+    asked = []
+    fits = fitting(9, asked)
+
+    def killed(job, limit):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return fits(job, limit)
+
+    monkeypatch.setattr(training, "_run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        training.run(arguments("--device", "cpu", "--lengths", "512", "--out", str(tmp_path)))
+    rows = json.loads((tmp_path / "training.json").read_text())["rows"]
+    assert [row["attention"] for row in rows] == ["dense", "exclusive"]
+
+
+def test_results_are_kept_and_reported(tmp_path, monkeypatch, code, capsys):
     monkeypatch.setattr(machine, "results_folder", lambda device: tmp_path)
     asked = []
     monkeypatch.setattr(training, "_run", fitting(9, asked))
