@@ -1,8 +1,8 @@
-"""How far loss curves lie apart: python -m benchmarks.loss_curves REFERENCE RUN [RUN ...]
+"""How far loss curves lie apart: python -m benchmarks.loss_curves REFERENCE RUN [RUN ...] [--out DIR]
 
 Reads the ``metrics.jsonl`` of runs with the same data, seeds and initial weights. The first is what the others are compared
 with; a run of the same attention in another precision among them shows what rounding alone does. Writes
-``loss_curves.json`` and ``loss_curves.png`` into the results of this machine.
+``loss_curves.json`` and ``loss_curves.png`` into the results of this machine, or into ``DIR``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spattn_olmoe import machine
-from spattn_olmoe.errors import fail, user_errors
+from spattn_olmoe.errors import Parser, user_errors
 
 LAST = 20
 """Steps at the end of a run whose mean loss is compared."""
@@ -48,15 +48,18 @@ def compare(folders: list[Path]) -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) < 2:
-        fail("name a reference run and at least one other")
+    parser = Parser(description=__doc__)
+    parser.add_argument("reference", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--out", type=Path, metavar="DIR")
+    args = parser.parse_args(arguments)
     from spattn_olmoe.paper.loss_curves import plot_losses
 
-    folders = [Path(argument) for argument in arguments]
+    folders = [args.reference, *args.runs]
     device = machine.default_device()
     with user_errors():
         rows = compare(folders)
-    out = machine.results_folder(device) / "loss_curves.json"
+    out = (args.out or machine.results_folder(device)) / "loss_curves.json"
     machine.write_json(out, {"run": machine.describe(device), "rows": rows})
     plot_losses(folders, out.with_suffix(".png"))
     for row in rows:
