@@ -1,7 +1,7 @@
 """Attention, forward and backward, under every kind of distance mask: ours against everyone else's.
 
     python scripts/benchmark.py attention                        # on a GPU all settings, on a CPU the CPU path
-    python scripts/benchmark.py attention --quick                # the three settings that the goals are stated for
+    python scripts/benchmark.py attention --quick                # three settings: exclusive and sharing, head_dim 128
     python scripts/benchmark.py attention --settings 1x8x4096 --head-dims 128 --patterns exclusive
     python scripts/benchmark.py attention --missing              # only what is not stored yet, of this commit
     python scripts/benchmark.py attention --report               # only the table and the plot, from the stored results
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--settings", nargs="+", metavar="BxHxN", help=f"default: {' '.join(GPU_SHAPES)}")
     parser.add_argument("--head-dims", nargs="+", type=int, metavar="D", help="default: 128 64, on a CPU 64")
     arguments.add_patterns(parser, PATTERNS)
-    parser.add_argument("--quick", action="store_true", help="the goals' settings: D=128, exclusive and sharing")
+    parser.add_argument("--quick", action="store_true", help="three settings: exclusive and sharing, D=128")
     parser.add_argument("--seconds", type=float, default=1.5, help="time for one mode of one setting, all contenders")
     arguments.add_measuring(parser)
 

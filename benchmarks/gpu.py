@@ -76,7 +76,7 @@ _CURVES = {
 
 PARTS = {
     "gate": Part("every mask once against the float64 reference", 180, (_tests("gate"),)),
-    "attention-quick": Part("attention at the goals' settings", 360, (_measure("attention", "--quick"),)),
+    "attention-quick": Part("attention at three settings", 360, (_measure("attention", "--quick"),)),
     "training-quick": Part("steps at the paper's settings", 1200, (_measure("training", "--quick", "--limit", "180"),)),
     "tests": Part(
         "the kernels against the float64 reference",
