@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ def job_script(profile: Profile, run: Run) -> str:
     if not MANIFEST.is_file():
         raise ValueError(f"{MANIFEST} is not there: start the launcher in the folder of the repository")
     jobset = yaml.safe_load(MANIFEST.read_text())
-    name = name_of(run)
-    jobset["metadata"].update(name=name, namespace=profile.namespace)
+    jobset["metadata"].update(name=run.name, namespace=profile.namespace)
     labels = jobset["metadata"].pop("labels")
     if profile.queue:
         jobset["metadata"]["labels"] = {**labels, "kueue.x-k8s.io/queue-name": profile.queue}
@@ -30,19 +28,14 @@ def job_script(profile: Profile, run: Run) -> str:
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     job.update(completions=profile.nodes, parallelism=profile.nodes)
     pod = job["template"]["spec"]
-    job["template"]["metadata"]["labels"]["app"] = name
+    job["template"]["metadata"]["labels"]["app"] = run.name
     (affinity,) = pod["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
-    affinity["labelSelector"]["matchLabels"]["app"] = name
+    affinity["labelSelector"]["matchLabels"]["app"] = run.name
     (check,), (train,) = pod["initContainers"], pod["containers"]
     check.update(image=profile.image, args=[f"--gpus={profile.ranks}", *run.arguments])
     train.update(image=profile.image, args=run.arguments, command=_command(train["command"], profile))
     _fill(train, profile, run)
     return yaml.safe_dump(jobset, sort_keys=False)
-
-
-def name_of(run: Run) -> str:
-    """A run's name as Kubernetes allows it, with room for what JobSet appends."""
-    return re.sub(r"[^a-z0-9]+", "-", run.name.lower()).strip("-")[:40].strip("-")
 
 
 def _command(command: list[str], profile: Profile) -> list[str]:
@@ -57,7 +50,8 @@ def _fill(train: dict[str, Any], profile: Profile, run: Run) -> None:
         limits[profile.rdma] = profile.gpus_per_node
         train["securityContext"]["capabilities"]["add"] = ["IPC_LOCK"]  # registered memory is locked memory
     train["resources"] = {"requests": {"cpu": str(profile.cores_per_node), **limits}, "limits": limits}
-    env = {"TORCH_FR_DUMP_TEMP_FILE": f"{run.folder}/flight/rank_", **profile.env}
+    files = {"SPATTN_EXIT_CODE": run.folder / "exit_code", "TORCH_FR_DUMP_TEMP_FILE": run.folder / "flight/rank_"}
+    env = {**files, **profile.env}
     kept = [item for item in train["env"] if item["name"] not in env]
     train["env"] = kept + [{"name": name, "value": str(value)} for name, value in env.items()]
 

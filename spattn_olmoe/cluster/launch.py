@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,10 +24,16 @@ from .profile import Profile
 
 TYPE = "attention.type"
 
+LONGEST_LABEL = 40
+"""Characters of a JobSet's name: Kubernetes allows 63 to its pods, which JobSet calls ``NAME-train-0-15-abcde``."""
+
 
 @dataclass(frozen=True)
 class Run:
-    """One run to submit: a config with its overrides, checked."""
+    """One run to submit: a config with its overrides, checked.
+
+    :param name: of its job: the last part of its folder, as the scheduler allows it.
+    """
 
     name: str
     folder: Path
@@ -64,6 +72,12 @@ def plan_runs(
     folders = [run.folder for run in runs]
     if doubled := next((folder for folder in folders if folders.count(folder) > 1), None):
         raise ValueError(f"trainer.save_folder={doubled} would be that of several runs: put ${{{TYPE}}} into it")
+    names = [run.name for run in runs]
+    if twin := next((run for run in runs if names.count(run.name) > 1), None):
+        raise ValueError(
+            f"trainer.save_folder={twin.folder}: several runs would be jobs of the name {twin.name}, which comes from "
+            "the last part of the folder: let it differ in letters or digits"
+        )
     return runs
 
 
@@ -81,7 +95,19 @@ def plan_run(profile: Profile, config: str, overrides: list[str], trusted: Seque
     if Path(folder).exists() and profile.kind == "slurm":
         Lock(folder, patience=0).release()  # refuses what a running job writes
     arguments = ["--config", os.path.relpath(config), *(f"--trust={name}" for name in trusted), *overrides]
-    return Run(Path(folder).name, Path(folder), arguments, experiment)
+    name = Path(folder).name
+    return Run(dns_label(name) if profile.kind == "kubernetes" else name, Path(folder), arguments, experiment)
+
+
+def dns_label(name: str) -> str:
+    """A name as Kubernetes allows it to a service (RFC 1035): a letter, then letters, digits and hyphens."""
+    label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if not label[:1].isalpha():
+        label = f"r-{label}".strip("-")
+    if len(label) > LONGEST_LABEL:  # what tells runs apart is often the end
+        tail = hashlib.sha256(name.encode()).hexdigest()[:6]
+        label = f"{label[: LONGEST_LABEL - len(tail) - 1].strip('-')}-{tail}"
+    return label
 
 
 def check_memory(profile: Profile, config: ExperimentConfig) -> None:

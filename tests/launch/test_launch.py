@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,9 +16,10 @@ import yaml
 from benchmarks.tiny import write_data
 from benchmarks.tiny_run import ROOT
 from spattn_olmoe.cluster import kubernetes, slurm
-from spattn_olmoe.cluster.launch import Run, plan_run, plan_runs
+from spattn_olmoe.cluster.launch import Run, dns_label, plan_run, plan_runs
 from spattn_olmoe.cluster.profile import Profile, load_profile
 from spattn_olmoe.lock import Lock
+from spattn_olmoe.train import load_experiment
 from tests.faults.processes import command
 
 EXAMPLES = ROOT / "configs/cluster"
@@ -88,6 +90,9 @@ def test_the_manifest_of_kubernetes_holds_the_profile_and_the_run(
     assert train["resources"]["limits"] == {"memory": "512Gi", "nvidia.com/gpu": 2, "rdma/hca": 2}
     assert "--nproc_per_node=2" in train["command"] and "--nnodes=1" in train["command"]
     assert {"name": "NCCL_IB_HCA", "value": "mlx5"} in train["env"]
+    files = {item["name"]: item["value"] for item in train["env"] if "value" in item}
+    assert files["SPATTN_EXIT_CODE"].endswith("runs/tiny-spattention/exit_code")
+    assert files["TORCH_FR_DUMP_TEMP_FILE"].endswith("runs/tiny-spattention/flight/rank_")
     assert train["args"][0] == "--config" and train["args"][1].endswith(".yaml")
 
 
@@ -100,6 +105,40 @@ def test_one_run_a_type(arguments: list[str]):
         plan_runs(
             profile(), config.removeprefix("--config="), [*overrides, "trainer.save_folder=x"], ["standard", "eball"]
         )
+
+
+LONG = "olmoe-1b7b-dclm-sequence4096-seed12536"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["1b7b-spattention", "0p25b1p75b-standard", "Tiny_run.2", "7", "---", f"{LONG}-spattention", f"{LONG}-eball"],
+)
+def test_a_jobset_and_all_that_is_named_after_it_have_names_that_kubernetes_allows(name: str):
+    label = dns_label(name)
+    for derived in (
+        label,
+        f"{label}-train-0",
+        f"{label}-train-0-0",
+        f"{label}-train-0-99999-abcde",
+    ):  # service, job, pods
+        assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", derived) and len(derived) <= 63  # RFC 1035
+
+
+def test_names_stay_apart_and_as_they_are_where_they_can():
+    assert dns_label("tiny-spattention") == "tiny-spattention"
+    assert dns_label(f"{LONG}-spattention") != dns_label(f"{LONG}-standard")
+    shipped = [load_experiment(path) for path in sorted((ROOT / "configs").glob("*b_*.yaml"))]
+    names = {Path(config.trainer.save_folder).name for config in shipped}
+    assert len(names) > 4 and len({dns_label(name) for name in names}) == len(names)
+
+
+def test_runs_that_kubernetes_could_not_tell_apart_are_refused(arguments: list[str]):
+    config, *overrides = [item for item in arguments if not item.startswith(("attention.type", "trainer.save_folder"))]
+    cluster = replace(load_profile(EXAMPLES / "example_kubernetes.yaml"), nodes=1, gpus_per_node=2)
+    folder = "trainer.save_folder=runs/${attention.type}/seed"
+    with pytest.raises(ValueError, match=r"jobs of the name seed, .* let it differ in letters or digits$"):
+        plan_runs(cluster, config.removeprefix("--config="), [*overrides, folder], ["standard", "eball"])
 
 
 @pytest.mark.parametrize(

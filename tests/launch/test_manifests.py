@@ -56,13 +56,47 @@ def test_its_config_and_layout_are_sound():
 def test_a_stopped_pod_has_time_to_save_and_a_wrong_config_is_not_tried_again():
     (timeout,) = [int(a.partition("=")[2]) for a in TRAIN["command"] if a.startswith("--shutdown-timeout=")]
     assert timeout < POD["terminationGracePeriodSeconds"]
-    rules = {rule["action"]: rule for rule in JOB["spec"]["podFailurePolicy"]["rules"]}
-    assert rules["FailJob"]["onExitCodes"] == {"containerName": CHECK["name"], "operator": "In", "values": [2]}
-    (rule,) = JOBSET["spec"]["failurePolicy"]["rules"]
-    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
-    assert (
-        JOBSET["spec"]["failurePolicy"]["maxRestarts"] > 0 == JOB["spec"]["backoffLimit"]
-    )  # the gang starts again as one
+    assert JOBSET["spec"]["failurePolicy"]["maxRestarts"] > 0
+    assert JOB["spec"]["backoffLimit"] == 0  # the gang starts again as one
+
+
+CRASH, AGAIN, END = "counted restart", "RestartJobSetAndIgnoreMaxRestarts", "FailJobSet"
+
+
+@pytest.mark.parametrize(
+    ("container", "code", "disrupted", "action"),
+    [
+        ("check", 2, False, END),
+        ("train", 2, False, END),
+        ("train", 1, False, CRASH),
+        ("train", 12, False, CRASH),
+        ("train", 137, True, AGAIN),
+        ("check", 143, True, AGAIN),
+        ("train", 143, False, AGAIN),  # a pod whose ranks ended with those of a disrupted one
+    ],
+)
+def test_what_becomes_of_a_jobset_when_a_pod_fails(container: str, code: int, disrupted: bool, action: str):
+    """As the controllers of Jobs and of JobSets decide, in Kubernetes' words for what ended a Job."""
+    message = None
+    for rule in JOB["spec"]["podFailurePolicy"]["rules"]:
+        assert rule["action"] == "FailJob"
+        if (codes := rule.get("onExitCodes")) is not None:
+            matches = code in codes["values"] and codes.get("containerName") in (None, container)
+            said = f"Container {container} for pod default/x failed with exit code {code}"
+        else:
+            assert rule["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+            matches, said = disrupted, "Pod default/x has condition DisruptionTarget"
+        if matches:
+            message = f"{said} matching FailJob rule at index 0"
+            break
+    done = CRASH
+    for rule in JOBSET["spec"]["failurePolicy"]["rules"]:
+        assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])  # JobSet refuses others
+        assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+        if message and any(re.search(pattern, message) for pattern in rule["onJobFailureMessagePatterns"]):
+            done = rule["action"]
+            break
+    assert done == action
 
 
 def test_what_is_mounted_is_declared_and_where_the_image_works():

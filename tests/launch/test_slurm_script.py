@@ -13,7 +13,7 @@ from tests.launch.slurm_jobs import SCRIPT
 
 JOB = "7"
 STUBS = {
-    "scontrol": 'case $2 in job) echo JobState=RUNNING PreemptTime=None ;; hostnames) echo here ;; esac; echo "scontrol $*" >>calls',
+    "scontrol": 'echo "scontrol $*" >>calls; case $2 in job) echo JobState=RUNNING ;; hostnames) echo here ;; esac',
     "squeue": f"echo {JOB}.0",
     "scancel": 'echo "scancel $*" >>calls',
     "srun": "sleep ${SRUN_SECONDS:-0}; exit ${SRUN_STATUS:-0}",
