@@ -9,6 +9,7 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -46,6 +47,9 @@ SLOW_SAVE = 300
 """Seconds that writing a checkpoint may take."""
 PROBE = 256 * 2**20
 """Bytes that are written to measure the save folder's speed."""
+PATIENCE = 20.0
+"""Seconds that nvidia-smi may take; it hangs where the driver has lost a GPU."""
+LOOK_AT_IT = "dmesg | grep Xid names the GPU; have the node looked at"
 
 
 @dataclass(frozen=True)
@@ -63,24 +67,33 @@ class Row:
 
 
 def check_node(config: ExperimentConfig, ranks: int, nodes: int) -> list[Row]:
-    """All checks of this machine.
+    """All checks of this machine. One that breaks on it is a failure: the others, and other machines, have to know.
 
     :param ranks: processes of the whole job; ``nodes``: its machines.
     """
     rows: list[Row] = []
-    checks: tuple[Callable[[], Iterator[Row]], ...] = (
-        versions,
-        lambda: gpus(config, ranks),
-        gpu_health,
-        lambda: interconnect(nodes),
-        lambda: save_folder(config, nodes),
-        lambda: data(config),
-        lambda: wandb(config),
-        lambda: system(config),
-    )
-    for check in checks:
-        rows += check()
+    checks: dict[str, Callable[[], Iterator[Row]]] = {
+        "packages": versions,
+        "GPU": lambda: gpus(config, ranks),
+        "GPU clocks, ECC": gpu_health,
+        "network": lambda: interconnect(nodes),
+        "save folder": lambda: save_folder(config, nodes),
+        "data": lambda: data(config),
+        "wandb": lambda: wandb(config),
+        "system": lambda: system(config),
+    }
+    for name, check in checks.items():
+        try:
+            rows += check()
+        except Exception as error:  # drivers and file systems break in many ways
+            rows.append(broken(name, error))
     return rows
+
+
+def broken(name: str, error: Exception) -> Row:
+    """The row of a check that an error ended."""
+    reason = str(error).strip().splitlines() or [""]
+    return Row(name, FAIL, f"{type(error).__name__}: {reason[0]}", LOOK_AT_IT if "GPU" in name else "look at this node")
 
 
 def versions() -> Iterator[Row]:
@@ -124,7 +137,7 @@ def gpus(config: ExperimentConfig, ranks: int) -> Iterator[Row]:
     enough = count >= local
     yield Row("GPU", OK if enough else FAIL, f"{count} x {name}", "" if enough else f"{local} processes need {local}")
     versions = f"CUDA {torch.version.cuda}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
-    yield Row("driver", OK, f"{_nvidia_smi('driver_version')[0][0]}; {versions}" if _smi() else versions)
+    yield Row("driver", OK, f"{_query_gpus('driver_version')[0][0]}; {versions}" if _smi() else versions)
     try:
         needed = memory(config, Layout.of(config, ranks)).peak
     except ValueError as error:
@@ -146,7 +159,7 @@ def gpu_health() -> Iterator[Row]:
         return
     bad = []
     for index, (throttled, errors, now, top) in enumerate(
-        _nvidia_smi("clocks_throttle_reasons.active,ecc.errors.uncorrected.volatile.total,clocks.sm,clocks.max.sm")
+        _query_gpus("clocks_throttle_reasons.active,ecc.errors.uncorrected.volatile.total,clocks.sm,clocks.max.sm")
     ):
         reasons = int(throttled, 16) & ~0b11 if throttled.startswith("0x") else 0  # idle and set clocks are no fault
         if reasons:
@@ -174,8 +187,7 @@ def interconnect(nodes: int) -> Iterator[Row]:
             "" if active else "traffic between nodes goes over TCP: expect it to be slow; see NCCL_SOCKET_IFNAME",
         )
     if _smi() and torch.cuda.is_available() and torch.cuda.device_count() > 1:
-        topology = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True).stdout
-        linked = "NV" in topology.split("Legend")[0].replace("NVIDIA", "")
+        linked = "NV" in _nvidia_smi("topo", "-m").split("Legend")[0].replace("NVIDIA", "")
         yield Row(
             "NVLink", OK if linked else WARN, "yes" if linked else "no", "" if linked else "GPUs talk over PCIe: slow"
         )
@@ -351,8 +363,28 @@ def _smi() -> bool:
     return shutil.which("nvidia-smi") is not None
 
 
-def _nvidia_smi(query: str) -> list[list[str]]:
+def _query_gpus(query: str) -> list[list[str]]:
     """A query's values, a list a GPU."""
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = _nvidia_smi(f"--query-gpu={query}", "--format=csv,noheader,nounits")
     return [[value.strip() for value in line.split(",")] for line in output.splitlines()]
+
+
+def _nvidia_smi(*arguments: str) -> str:
+    """What nvidia-smi prints.
+
+    :raises RuntimeError: it fails, with its own words, or hangs.
+    """
+    with tempfile.TemporaryFile("w+") as file:
+        process = subprocess.Popen(
+            ["nvidia-smi", *arguments], stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # and not waited for: inside the driver nothing can be killed
+            raise RuntimeError(f"nvidia-smi does not answer within {PATIENCE:g} seconds") from None
+        file.seek(0)
+        output = file.read()
+    if status != 0:
+        raise RuntimeError(f"nvidia-smi fails with status {status}: {' '.join(output.split())}")
+    return output

@@ -19,9 +19,10 @@ from olmo_core.exceptions import OLMoConfigurationError
 from ..train.config import ExperimentConfig
 from ..train.layout import check_layout
 from ..train.run import check
-from .node import FAIL, OK, WARN, Row, check_node
+from .node import FAIL, LOOK_AT_IT, OK, WARN, Row, broken, check_node
 
-TIMEOUT = timedelta(seconds=120)
+TIMEOUT = timedelta(seconds=300)
+"""For the slowest machine's checks, and for NCCL."""
 MAX_SKEW = 1.0
 """Seconds by which the clocks of machines may differ."""
 ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
@@ -54,15 +55,12 @@ def check_cluster(
         if report is not None:
             report(found)
         return found
-    device = _device()
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    # Over the network alone: a machine whose GPU is broken must be able to say so.
+    dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
-        nodes = ranks // int(os.environ["LOCAL_WORLD_SIZE"])
-        own = check_node(config, ranks, nodes) if os.environ["LOCAL_RANK"] == "0" else []
-        gathered: list[tuple[str, list[Row]]] = [("", [])] * ranks
-        dist.all_gather_object(gathered, (os.environ.get("SLURMD_NODENAME") or socket.gethostname(), own))
-        by_host = [(host, rows) for host, rows in gathered if rows]
-        rows = [*merge(by_host), *fits(config, ranks), all_reduce(device, min_bandwidth), clock_skew()]
+        by_host = check_nodes(config, ranks)
+        sound = not any(row.status == FAIL for _, rows in by_host for row in rows)
+        rows = [*merge(by_host), *fits(config, ranks), all_reduce_together(min_bandwidth, sound), clock_skew()]
         found = Findings(rows, failed_nodes(by_host))
         if report is not None and dist.get_rank() == 0:
             report(found)
@@ -70,6 +68,37 @@ def check_cluster(
         return found
     finally:
         dist.destroy_process_group()
+
+
+def check_nodes(config: ExperimentConfig, ranks: int) -> list[tuple[str, list[Row]]]:
+    """Every machine's name and its own checks, on every rank."""
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    own = check_node(config, ranks, ranks // local) if os.environ["LOCAL_RANK"] == "0" else []
+    own += own_gpu()
+    host, sees_gpus = os.environ.get("SLURMD_NODENAME") or socket.gethostname(), torch.cuda.is_available()
+    gathered: list[tuple[str, bool, list[Row]]] = [("", False, [])] * ranks
+    dist.all_gather_object(gathered, (host, sees_gpus, own))
+    by_host = []
+    for first in range(0, ranks, local):
+        name, sees, _ = gathered[first]
+        rows = [row for _, _, found in gathered[first : first + local] for row in found]
+        if not sees and any(others_do for _, others_do, _ in gathered):
+            rows.append(Row("GPU", FAIL, "PyTorch sees none, where other machines have some", LOOK_AT_IT))
+        by_host.append((name, rows))
+    return by_host
+
+
+def own_gpu() -> list[Row]:
+    """A failure where this process cannot compute on its GPU. That there are too few of them, the machine's rows tell."""
+    index = int(os.environ["LOCAL_RANK"])
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        return []
+    try:
+        torch.cuda.set_device(index)
+        torch.ones(1, device="cuda").add_(1).item()
+    except Exception as error:
+        return [broken(f"GPU {index}", error)]
+    return []
 
 
 def failed_nodes(by_host: list[tuple[str, list[Row]]]) -> list[str]:
@@ -91,18 +120,37 @@ def fits(config: ExperimentConfig, ranks: int, alone: bool = False) -> list[Row]
     return [Row("layout", OK, f"fits {ranks} processes")]
 
 
-def all_reduce(device: torch.device, min_bandwidth: float = 0.0) -> Row:
+def all_reduce_together(min_bandwidth: float, sound: bool) -> Row:
+    """The all-reduce of a job, and what any of its ranks finds wrong with it.
+
+    :param sound: no machine has failed: else NCCL might wait for a broken GPU, and what is known already would be lost.
+    """
+    if not sound:
+        return Row("all-reduce", WARN, "not tried: a machine has failed", "see its rows")
+    try:
+        if torch.cuda.is_available():
+            row = all_reduce(torch.device("cuda"), dist.new_group(backend="nccl", timeout=TIMEOUT), min_bandwidth)
+        else:
+            row = all_reduce(torch.device("cpu"), dist.group.WORLD)
+    except Exception as error:  # the library's errors have no common type
+        row = broken("all-reduce", error)
+    gathered = [row] * dist.get_world_size()
+    dist.all_gather_object(gathered, row)
+    return next((row for row in gathered if row.status == FAIL), gathered[0])
+
+
+def all_reduce(device: torch.device, group: dist.ProcessGroup | None, min_bandwidth: float = 0.0) -> Row:
     """A real all-reduce over all processes: is the sum right, and how fast was it?
 
     :param min_bandwidth: between GPUs, a bus bandwidth below it is a failure, in GB/s.
     """
     size = dist.get_world_size()
     x = torch.full((ELEMENTS[device.type],), float(dist.get_rank() + 1), device=device)
-    dist.all_reduce(x)  # the first one connects
+    dist.all_reduce(x, group=group)  # the first one connects
     right = bool((x == size * (size + 1) / 2).all())
-    seconds = min(_seconds(x) for _ in range(3))
+    seconds = min(_seconds(x, group) for _ in range(3))
     speed = 2 * (size - 1) / size * x.numel() * x.element_size() / seconds / 1e9
-    found = f"{dist.get_backend()} over {size} processes, {speed:.2f} GB/s"
+    found = f"{dist.get_backend(group)} over {size} processes, {speed:.2f} GB/s"
     if not right:
         return Row("all-reduce", FAIL, found, "the sum is wrong: look for a broken GPU or link")
     if device.type == "cuda" and size > 1 and speed < min_bandwidth:
@@ -113,10 +161,10 @@ def all_reduce(device: torch.device, min_bandwidth: float = 0.0) -> Row:
     return Row("all-reduce", OK, found)
 
 
-def _seconds(x: torch.Tensor) -> float:
+def _seconds(x: torch.Tensor, group: dist.ProcessGroup | None) -> float:
     """How long an all-reduce takes."""
     start = time.perf_counter()
-    dist.all_reduce(x)
+    dist.all_reduce(x, group=group)
     if x.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
@@ -145,7 +193,7 @@ def _reduce(rank: int, size: int, folder: str, out: str) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    row = all_reduce(device)
+    row = all_reduce(device, dist.group.WORLD)
     if rank == 0:
         Path(out).write_text(f"{row.status}\n{row.found}\n{row.remedy}")
     dist.destroy_process_group()
@@ -176,11 +224,3 @@ def merge(by_host: list[tuple[str, list[Row]]]) -> list[Row]:
             if not alike:
                 out.append(Row(name, WARN, f"{', '.join(hosts)}: not checked", "nodes differ: look there"))
     return out
-
-
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    return device

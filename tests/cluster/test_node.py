@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import forked
 from benchmarks.tiny_run import ROOT
 from spattn_olmoe.cluster import FAIL, OK, WARN, Row, check_node, merge
 from spattn_olmoe.cluster.node import checkpoints_kept
+from spattn_olmoe.cluster.nodes import own_gpu
 from spattn_olmoe.train import load_experiment
 
 
@@ -79,9 +82,69 @@ def test_a_job_of_two_processes_prints_one_table_and_fails_as_one(tiny_yaml: Pat
     done = forked.run(script, "--config", str(tiny_yaml), "dataset.paths=[nowhere]", cwd=here, ranks=2)
     assert done.returncode == 1
     assert done.stdout.count("┃ check") == 1
-    assert re.search(r"all-reduce +│ ok +│ gloo over 2 processes", done.stdout)
-    assert re.search(r"clock skew +│ ok", done.stdout)
+    assert re.search(r"all-reduce +│ warn +│ not tried", done.stdout) and re.search(r"clock skew +│ ok", done.stdout)
     assert re.search(r"data +│ fail", done.stdout) and re.search(r"layout +│ ok +│ fits 2 processes", done.stdout)
+
+
+CHECK = f"""
+import runpy, sys
+from spattn_olmoe.cluster import node
+node.PATIENCE = 1.0
+sys.argv = [{str(ROOT / "scripts/check_env.py")!r}, *sys.argv[1:]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+HEALTHY = 'case "$1" in *ecc*) echo "0x0000000000000000, 0, 1980, 1980" ;; esac'
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        (HEALTHY, None),
+        ("echo 'Unable to determine the device handle' >&2; exit 255", "nvidia-smi fails with status 255"),
+        ("sleep 600", "nvidia-smi does not answer within 1 seconds"),
+    ],
+)
+def test_a_node_with_a_broken_gpu_is_named_whatever_nvidia_smi_does(
+    tiny_yaml: Path, here: Path, second: str, words: str | None
+):
+    """Two nodes of a process each, with an nvidia-smi each; the second's is that of a node whose driver lost a GPU."""
+    processes = []
+    for i, (rank, body) in enumerate(zip(forked.ranks_of(2), (HEALTHY, second), strict=True)):
+        smi = here / f"bin{i}/nvidia-smi"
+        smi.parent.mkdir()
+        smi.write_text(f"#!/bin/sh\n{body}\n")
+        smi.chmod(0o755)
+        node = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "SLURMD_NODENAME": f"node{i}"}
+        env = {**rank, **node, "PATH": f"{smi.parent}:{os.environ['PATH']}"}
+        arguments = ["--config", str(tiny_yaml), "--failed-nodes", "failed"]
+        processes.append(forked.start(["-c", CHECK, *arguments], here / "out", env=env))
+    assert forked.wait(processes, 100) == (words is not None), (here / "out").read_text()
+    table = (here / "out").read_text()
+    if words is None:
+        assert not (here / "failed").exists()
+        assert re.search(r"all-reduce +│ ok +│ gloo over 2 processes", table)
+    else:
+        assert (here / "failed").read_text() == "node1\n"
+        assert re.search(rf"GPU clocks, ECC +│ fail +│ node1: RuntimeError: {words}", table), table
+        assert re.search(r"all-reduce +│ warn +│ not tried", table)
+
+
+def test_a_gpu_that_cannot_be_used_is_a_row_and_no_crash(tiny_yaml: Path, here: Path, monkeypatch: pytest.MonkeyPatch):
+    def lost(*_: object) -> None:
+        raise RuntimeError("CUDA error: unknown error\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lost)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lost)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [(r.name, r.status, r.found) for r in own_gpu()] == [
+        ("GPU 1", FAIL, "RuntimeError: CUDA error: unknown error")
+    ]
+    monkeypatch.setenv("LOCAL_RANK", "2")  # the machine's rows tell that there are too few
+    assert own_gpu() == []
+    found = rows(tiny_yaml)
+    assert found["GPU"].status == FAIL and found["data"].status == OK
 
 
 @pytest.mark.parametrize(("hard", "remedy"), [(1024, "a higher hard limit"), (4096, "ulimit -n 4096")])
