@@ -17,6 +17,12 @@ Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
 
+def launched() -> tuple[int, int]:
+    """How many processes a launcher has started in all, and on how many machines."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return ranks, ranks // int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks)))
+
+
 def first_problem(items: Sequence[T], check: Callable[[T], str | None]) -> str | None:
     """What is wrong with the first item that has something wrong; every rank gets the same answer, None if nothing is.
 

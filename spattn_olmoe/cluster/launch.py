@@ -85,7 +85,7 @@ def plan_run(profile: Profile, config: str, overrides: list[str], trusted: Seque
     """One run, checked as far as the login node can: config, layout, data, memory of a GPU, save folder."""
     experiment = load_experiment(config, overrides)
     check(experiment)
-    check_layout(experiment, profile.ranks)
+    check_layout(experiment, profile.ranks, profile.nodes)
     if profile.kind == "slurm":  # pods have their own data
         check_data(experiment)
     check_memory(profile, experiment)
@@ -116,7 +116,7 @@ def check_memory(profile: Profile, config: ExperimentConfig) -> None:
         return
     gpu = GPUS[profile.gpu]
     try:
-        needed = memory(config, Layout.of(config, profile.ranks))
+        needed = memory(config, Layout.of(config, profile.ranks, profile.nodes))
     except ValueError:  # the model has a part that is not modelled
         return  # check_env and the first step will tell
     if needed.peak > gpu.memory * USABLE:

@@ -74,7 +74,7 @@ def check_node(config: ExperimentConfig, ranks: int, nodes: int) -> list[Row]:
     rows: list[Row] = []
     checks: dict[str, Callable[[], Iterator[Row]]] = {
         "packages": versions,
-        "GPU": lambda: gpus(config, ranks),
+        "GPU": lambda: gpus(config, ranks, nodes),
         "GPU clocks, ECC": gpu_health,
         "network": lambda: interconnect(nodes),
         "save folder": lambda: save_folder(config, nodes),
@@ -125,7 +125,7 @@ def versions() -> Iterator[Row]:
     )
 
 
-def gpus(config: ExperimentConfig, ranks: int) -> Iterator[Row]:
+def gpus(config: ExperimentConfig, ranks: int, nodes: int) -> Iterator[Row]:
     """GPUs, one a local process, and whether the config fits their memory."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not torch.cuda.is_available():
@@ -139,7 +139,7 @@ def gpus(config: ExperimentConfig, ranks: int) -> Iterator[Row]:
     versions = f"CUDA {torch.version.cuda}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
     yield Row("driver", OK, f"{_query_gpus('driver_version')[0][0]}; {versions}" if _smi() else versions)
     try:
-        needed = memory(config, Layout.of(config, ranks)).peak
+        needed = memory(config, Layout.of(config, ranks, nodes)).peak
     except ValueError as error:
         yield Row("GPU memory", WARN, f"not estimated: {error}", "watch the first steps")
         return

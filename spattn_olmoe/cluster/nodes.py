@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from olmo_core.exceptions import OLMoConfigurationError
 
+from ..ranks import launched
 from ..train.config import ExperimentConfig
 from ..train.layout import check_layout
 from ..train.run import check
@@ -48,9 +49,9 @@ def check_cluster(
         the others.
     :raises DistStoreError, RuntimeError: the processes cannot reach each other at all.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks, nodes = launched()
     if "RANK" not in os.environ:
-        rows = check_node(config, ranks, 1) + fits(config, ranks, alone=True) + [all_reduce_here()]
+        rows = check_node(config, ranks, 1) + fits(config, ranks, nodes, alone=True) + [all_reduce_here()]
         found = Findings(merge([("", rows)]), [])
         if report is not None:
             report(found)
@@ -58,9 +59,9 @@ def check_cluster(
     # Over the network alone: a machine whose GPU is broken must be able to say so.
     dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
-        by_host = check_nodes(config, ranks)
+        by_host = check_nodes(config, ranks, nodes)
         sound = not any(row.status == FAIL for _, rows in by_host for row in rows)
-        rows = [*merge(by_host), *fits(config, ranks), all_reduce_together(min_bandwidth, sound), clock_skew()]
+        rows = [*merge(by_host), *fits(config, ranks, nodes), all_reduce_together(min_bandwidth, sound), clock_skew()]
         found = Findings(rows, failed_nodes(by_host))
         if report is not None and dist.get_rank() == 0:
             report(found)
@@ -70,10 +71,10 @@ def check_cluster(
         dist.destroy_process_group()
 
 
-def check_nodes(config: ExperimentConfig, ranks: int) -> list[tuple[str, list[Row]]]:
+def check_nodes(config: ExperimentConfig, ranks: int, nodes: int) -> list[tuple[str, list[Row]]]:
     """Every machine's name and its own checks, on every rank."""
-    local = int(os.environ["LOCAL_WORLD_SIZE"])
-    own = check_node(config, ranks, ranks // local) if os.environ["LOCAL_RANK"] == "0" else []
+    local = ranks // nodes
+    own = check_node(config, ranks, nodes) if os.environ["LOCAL_RANK"] == "0" else []
     own += own_gpu()
     host, sees_gpus = os.environ.get("SLURMD_NODENAME") or socket.gethostname(), torch.cuda.is_available()
     gathered: list[tuple[str, bool, list[Row]]] = [("", False, [])] * ranks
@@ -107,12 +108,12 @@ def failed_nodes(by_host: list[tuple[str, list[Row]]]) -> list[str]:
     return failed if len(failed) < len(by_host) else []
 
 
-def fits(config: ExperimentConfig, ranks: int, alone: bool = False) -> list[Row]:
+def fits(config: ExperimentConfig, ranks: int, nodes: int, alone: bool = False) -> list[Row]:
     """Whether the config is sound and its layout fits the number of processes."""
     try:
         check(config)
         if not alone or ranks > 1:
-            check_layout(config, ranks)
+            check_layout(config, ranks, nodes)
     except (ValueError, OLMoConfigurationError) as error:
         return [Row("layout", FAIL, str(error), "python scripts/plan.py proposes one")]
     if alone:

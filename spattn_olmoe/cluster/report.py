@@ -11,9 +11,9 @@ from ..commands import HEAD, train_command
 from ..machine import ASSUMED_MFU, gpu_time
 from ..train.config import ExperimentConfig
 from ..train.dry_run import short
-from ..train.layout import Layout
+from ..train.layout import Layout, nodes_of
 from .memory import Memory, memory
-from .search import GPUS_PER_NODE, Plan
+from .search import Plan
 
 
 def memory_table(config: ExperimentConfig, ranks: int) -> Table:
@@ -46,9 +46,8 @@ def print_plan(plan: Plan, config_path: str, overrides: list[str], console: Cons
     console.print(_parts(plan.best.memory, f"{plan.room / 1e9:,.1f} GB of {plan.gpu.name} are for tensors."))
     for line in reasons(plan):
         say(line)
-    per_node = next(n for n in range(GPUS_PER_NODE, 0, -1) if plan.ranks % n == 0)
-    nodes = plan.ranks // per_node
-    command = train_command(config_path, [*overrides, *plan.overrides], per_node, nodes)
+    nodes = nodes_of(plan.ranks)
+    command = train_command(config_path, [*overrides, *plan.overrides], plan.ranks // nodes, nodes)
     # $HEAD_NODE is the shell's to expand
     say(f"\nStart it with\n{' '.join(w if w.endswith(HEAD) else shlex.quote(w) for w in command)}")
     assert plan.best.layout == Layout.of(plan.config, plan.ranks)

@@ -16,9 +16,6 @@ from ..train.config import ExperimentConfig
 from ..train.layout import RECOMPUTABLE, Layout, check_layout
 from .memory import USABLE, Memory, Shape, checkpoint_bytes, memory
 
-GPUS_PER_NODE = 8
-"""GPUs that NVLink connects, as in NVIDIA's HGX and DGX machines."""
-
 DEGREES = (1, 2, 4, 8)
 """Degrees of tensor, context and expert parallelism that are tried: those that stay within a node."""
 

@@ -31,8 +31,16 @@ from .degrees import Degrees
 RECOMPUTABLE = ("attention_norm", "attention", "feed_forward_norm", "feed_forward_moe.experts")
 """Parts of a block that activation checkpointing may wrap. The router may not: it counts what it routes."""
 
+GPUS_PER_NODE = 8
+"""GPUs that NVLink connects, as in NVIDIA's HGX and DGX machines: taken where nobody says how many a machine has."""
+
 MOST_RANKS = 2**20
 """More GPUs than anybody has; above that, searching for a layout takes for ever."""
+
+
+def nodes_of(ranks: int) -> int:
+    """Machines of up to :data:`GPUS_PER_NODE` GPUs, all alike, that so many ranks take."""
+    return ranks // next(n for n in range(GPUS_PER_NODE, 0, -1) if ranks % n == 0)
 
 
 @dataclass(frozen=True)
@@ -91,9 +99,11 @@ class Layout:
         return ", ".join(parts) + (", recompute" if self.recomputed else "")
 
     @classmethod
-    def of(cls, config: ExperimentConfig, ranks: int) -> Layout:
+    def of(cls, config: ExperimentConfig, ranks: int, nodes: int | None = None) -> Layout:
         """The layout that a config asks for on a number of ranks; :func:`check_layout` tells whether it can be.
 
+        :param nodes: the machines, of each of which OLMo-core makes a replica for ``hsdp`` without degrees; :func:`nodes_of`
+            the ranks if left out.
         :raises ValueError: pipeline parallelism, ring attention or a way of checkpointing that is not modelled.
         """
         module = config.train_module
@@ -108,7 +118,8 @@ class Layout:
         dp = module.dp_config
         shard = {"fsdp": data_ranks, "ddp": 1}.get(str(dp.name), 0) if dp is not None else 1
         if dp is not None and dp.name == DataParallelType.hsdp:
-            _, shard = dp.get_replicate_and_shard_degree(data_ranks)
+            # OLMo-core's own arithmetic asks the process group for the nodes, and takes one where there is none
+            shard = dp.shard_degree or max(1, data_ranks // (dp.num_replicas or nodes or nodes_of(ranks)))
         return cls(
             ranks=ranks,
             data_parallel=str(dp.name) if dp is not None else None,
@@ -195,10 +206,12 @@ def _recomputed(ac: TransformerActivationCheckpointingConfig | None) -> frozense
 # ---- what cannot train ------------------------------------------------------------------------------------------------
 
 
-def check_layout(config: ExperimentConfig, world_size: int) -> None:
+def check_layout(config: ExperimentConfig, world_size: int, nodes: int | None = None) -> None:
     """Raise unless the parallel layout fits a number of ranks.
 
     OLMo-core finds out some of this after minutes, on all ranks at once, and some of it never: it then trains wrongly.
+
+    :param nodes: as for :meth:`Layout.of`.
     """
     if not 1 <= world_size <= MOST_RANKS:
         raise ValueError(f"--gpus {world_size}: must lie between 1 and {MOST_RANKS}")
@@ -232,12 +245,18 @@ def check_layout(config: ExperimentConfig, world_size: int) -> None:
         raise ValueError(
             "train_module.dp_config.name=ddp with tp_config trains nothing in OLMo-core 3.0.0 (the gradient norm is 0): use fsdp"
         )
+    for key in ("shard_degree", "num_replicas"):
+        if dp is not None and dp.name != DataParallelType.hsdp and getattr(dp, key) is not None:
+            raise ValueError(
+                f"train_module.dp_config.{key}={getattr(dp, key)} does nothing with train_module.dp_config.name={dp.name}: set "
+                f"name to hsdp, or train_module.dp_config.{key}=null"
+            )
     if parallel and dp is None:
         raise ValueError("train_module.dp_config must be set with any other parallelism: set its name to fsdp")
     ranks = world_size // degree
     _check_shards(config)
     if v1:
-        _check_data_parallel(module, ranks)
+        _check_data_parallel(module, ranks, nodes or nodes_of(world_size))
         _check_recomputation(config)
     if config.data_loader.global_batch_size % (ranks * T):
         raise ValueError(
@@ -284,7 +303,7 @@ def _check_shards(config: ExperimentConfig) -> None:
                 raise ValueError(f"train_module.{name} does not divide {key}={size}: use a divisor of it")
 
 
-def _check_data_parallel(module: TransformerTrainModuleConfig, ranks: int) -> None:
+def _check_data_parallel(module: TransformerTrainModuleConfig, ranks: int, nodes: int) -> None:
     """Raise unless ``ranks`` data-parallel ranks can be the replicas, shards and expert groups that are asked for."""
     dp, ep = module.dp_config, module.ep_config
     hsdp = dp is not None and dp.name == DataParallelType.hsdp
@@ -296,6 +315,17 @@ def _check_data_parallel(module: TransformerTrainModuleConfig, ranks: int) -> No
                     f"train_module.dp_config.{key}={part} does not divide the {ranks} data-parallel ranks: "
                     "set it to a divisor of them"
                 )
+        shard, replicas = dp.shard_degree, dp.num_replicas
+        if shard is not None and replicas is not None and shard * replicas != ranks:
+            raise ValueError(
+                f"train_module.dp_config.shard_degree={shard} x num_replicas={replicas} is not the {ranks} data-parallel ranks: "
+                "set train_module.dp_config.num_replicas=null, which makes them as many as there is room for"
+            )
+        if shard is None and replicas is None and ranks % nodes:
+            raise ValueError(
+                f"train_module.dp_config.name=hsdp makes a replica of each of {nodes} nodes, which do not divide the {ranks} "
+                "data-parallel ranks: set train_module.dp_config.shard_degree to a divisor of them"
+            )
     if ep is None:
         return
     for other in ("tp_config", "cp_config"):

@@ -27,6 +27,7 @@ from ..model.section import AUTO, BASELINE, layer_patterns
 from ..model.stack import Stack, require_stack
 from ..model.unpickling import reading
 from ..patterns.head_order import NATURAL
+from ..ranks import launched
 from . import ddp, output
 from .allocator import keep_freed_memory
 from .checkpoints import CheckpointFiles, is_own
@@ -55,7 +56,7 @@ def prepare(config: ExperimentConfig, *, verify_data: bool = False, verbose: boo
     :raises ValueError: another run writes the save folder.
     """
     check(config)
-    check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_layout(config, *launched())
     if config.stack == Stack.ddp:
         ddp.check_machine(config)
     check_data(config)

@@ -9,7 +9,9 @@ import pytest
 from benchmarks import forked
 from benchmarks.tiny_run import ROOT
 from spattn_olmoe.cluster import Layout, memory, plan
+from spattn_olmoe.cluster.launch import check_memory
 from spattn_olmoe.cluster.memory import USABLE
+from spattn_olmoe.cluster.profile import Profile
 from spattn_olmoe.machine import GPUS, gpu_hours
 from spattn_olmoe.train import load_experiment
 from spattn_olmoe.train.layout import check_layout
@@ -41,6 +43,30 @@ def test_every_fitting_layout_is_written_and_read_alike():
     for layout in list(kinds.values())[::5]:
         assert Layout.of(load_experiment(LARGE, layout.overrides(config)), 16) == layout
         assert Layout.of(layout.apply(config), 16) == layout
+
+
+@pytest.mark.parametrize(("gpus", "nodes", "shard"), [(64, None, 8), (64, 16, 4), (12, None, 6), (4, None, 4)])
+def test_hsdp_without_degrees_is_a_replica_a_node_wherever_it_is_asked(gpus: int, nodes: int | None, shard: int):
+    """On a login node OLMo-core's own answer would be one replica in all: the memory of a GPU would be too small."""
+    config = load_experiment(LARGE, ["train_module.dp_config.name=hsdp"])
+    layout = Layout.of(config, gpus, nodes)
+    assert (layout.shard_degree, layout.replicas) == (shard, gpus // shard)
+    given = load_experiment(
+        LARGE, ["train_module.dp_config.name=hsdp", f"train_module.dp_config.num_replicas={gpus // shard}"]
+    )
+    assert Layout.of(given, gpus) == layout
+
+
+def test_the_launcher_s_profile_says_how_many_nodes_there_are(monkeypatch: pytest.MonkeyPatch):
+    config = load_experiment(LARGE, ["train_module.dp_config.name=hsdp", "train_module.rank_microbatch_size=4096"])
+    site = Profile(kind="slurm", nodes=16, gpus_per_node=4, cores_per_node=32, gpu="h100")
+    by_node = memory(config, Layout.of(config, 64, 16)).peak
+    assert (
+        by_node > memory(config, Layout.of(config, 64)).peak
+    )  # a copy over four GPUs takes more of each than one over eight
+    monkeypatch.setitem(GPUS, "h100", replace(GPUS["h100"], memory=by_node / USABLE - 1))
+    with pytest.raises(ValueError, match="needs an estimated"):
+        check_memory(site, config)
 
 
 def test_a_layout_of_the_config_is_taken_back_where_another_is_chosen():

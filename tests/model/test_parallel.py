@@ -259,6 +259,41 @@ UNFIT = {
         ["train_module.dp_config.name=hsdp", "train_module.dp_config.shard_degree=3"],
         ["shard_degree=3", "2 "],
     ),
+    "hsdp of fewer replicas and shards than ranks": (
+        4,
+        [*HSDP, "train_module.dp_config.num_replicas=1"],
+        ["shard_degree=2 x num_replicas=1", "4 data-parallel ranks", "num_replicas=null"],
+    ),
+    "hsdp of more replicas and shards than ranks": (
+        4,
+        [
+            "train_module.dp_config.name=hsdp",
+            "train_module.dp_config.shard_degree=4",
+            "train_module.dp_config.num_replicas=2",
+        ],
+        ["shard_degree=4 x num_replicas=2", "4 data-parallel ranks"],
+    ),
+    "hsdp by nodes that share their ranks": (
+        16,  # of 8 a node
+        [
+            "train_module.dp_config.name=hsdp",
+            "train_module.cp_config.degree=16",
+            "train_module.cp_config.uly={}",
+            "model.block.sequence_mixer.n_heads=16",
+            "model.d_model=256",
+        ],
+        ["name=hsdp", "2 nodes", "1 data-parallel ranks", "shard_degree"],
+    ),
+    "a shard degree without hsdp": (
+        4,
+        ["train_module.dp_config.shard_degree=2"],
+        ["dp_config.shard_degree=2 does nothing", "dp_config.name=fsdp", "hsdp"],
+    ),
+    "replicas without hsdp": (
+        4,
+        ["train_module.dp_config.name=ddp", "train_module.dp_config.num_replicas=2"],
+        ["dp_config.num_replicas=2 does nothing", "dp_config.name=ddp", "hsdp"],
+    ),
 }
 
 
