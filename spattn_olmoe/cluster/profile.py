@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,20 @@ from ..machine import GPUS
 from ..settings import read_as
 
 KINDS = ("slurm", "kubernetes")
+
+BOUNDS: dict[str, tuple[int, int]] = {
+    "nodes": (1, 2**17),
+    "gpus_per_node": (1, 2**10),
+    "cores_per_node": (1, 2**16),
+    "retries": (0, 10**6),
+    "min_bandwidth": (0, 10**6),
+    "hang_seconds": (1, 10**7),
+}
+SLURM_TIME = r"(\d+-\d+(:\d+){0,2})|(\d+(:\d+){1,2})"
+"""Days-hours, days-hours:minutes..., minutes:seconds or hours:minutes:seconds. Slurm takes minutes alone, too: so it reads 86400,
+which YAML makes of 24:00:00 without quotes, as two months."""
+QUANTITY = r"\d+(\.\d+)?([kMGTP]|[KMGTP]i)"
+"""Bytes, as Kubernetes writes them."""
 
 
 @dataclass
@@ -59,9 +74,13 @@ def load_profile(path: str | Path) -> Profile:
         raise ValueError(
             f"{path}: kind={profile.kind!r} must be one of {', '.join(KINDS)}{nearest(profile.kind, KINDS)}"
         )
-    for key in ("nodes", "gpus_per_node", "cores_per_node", "hang_seconds"):
-        if getattr(profile, key) < 1:
-            raise ValueError(f"{path}: {key}={getattr(profile, key)} must be at least 1")
+    for key, (low, high) in BOUNDS.items():
+        if not low <= (value := getattr(profile, key)) <= high:
+            raise ValueError(f"{path}: {key}={value} must lie between {low} and {high}")
+    if not re.fullmatch(SLURM_TIME, profile.time):
+        raise ValueError(f'{path}: time={profile.time} must be a time in quotes, as "24:00:00" or "2-12" (days-hours)')
+    if not re.fullmatch(QUANTITY, profile.memory_per_node):
+        raise ValueError(f"{path}: memory_per_node={profile.memory_per_node} must be a number with a unit, as 512Gi")
     if profile.gpu is not None and profile.gpu not in GPUS:
         raise ValueError(f"{path}: gpu={profile.gpu!r} must be one of {', '.join(GPUS)}{nearest(profile.gpu, GPUS)}")
     if profile.kind == "kubernetes" and not profile.image:

@@ -152,7 +152,17 @@ def test_runs_that_kubernetes_could_not_tell_apart_are_refused(arguments: list[s
             lambda text: text.replace("kind: slurm", "kind: slrum"),
             "kind='slrum' must be one of slurm, kubernetes; did you mean 'slurm'?",
         ),
-        (lambda text: text.replace("nodes: 2", "nodes: 0", 1), "nodes=0 must be at least 1"),
+        (lambda text: text.replace("nodes: 2", "nodes: 0", 1), "nodes=0 must lie between 1 and"),
+        (lambda text: text.replace("retries: 10", "retries: -1"), "retries=-1 must lie between 0 and"),
+        (
+            lambda text: text.replace("min_bandwidth: 0", "min_bandwidth: -250"),
+            "min_bandwidth=-250.0 must lie between 0",
+        ),
+        (lambda text: text.replace("min_bandwidth: 0", "min_bandwidth: .nan"), "min_bandwidth=nan must lie between 0"),
+        (lambda text: text.replace('"24:00:00"', "24:00:00"), 'time=86400 must be a time in quotes, as "24:00:00"'),
+        (lambda text: text.replace('"24:00:00"', "90"), "time=90 must be a time in quotes"),
+        (lambda text: text.replace('"24:00:00"', "1-"), "time=1- must be a time in quotes"),
+        (lambda text: f"{text}memory_per_node: -1Gi", "memory_per_node=-1Gi must be a number with a unit"),
         (lambda text: text.replace("nodes: 2", "nodes: two", 1), "nodes: Value 'two'"),
         (lambda text: text.replace("gpu: h100", "gpu: h1000"), "gpu='h1000' must be one of"),
         (lambda text: text.replace("kind: slurm", ""), "missing mandatory value: kind"),
@@ -164,6 +174,13 @@ def test_a_wrong_profile_is_one_line(tmp_path: Path, change: Callable[[str], str
     with pytest.raises(ValueError) as error:
         load_profile(path)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("time", ["24:00:00", "1-12", "1-12:30", "1-12:30:00", "90:00"])
+def test_slurm_s_ways_to_write_a_time(tmp_path: Path, time: str):
+    path = tmp_path / "cluster.yaml"
+    path.write_text((EXAMPLES / "example_slurm.yaml").read_text().replace("24:00:00", time))
+    assert load_profile(path).time == time
 
 
 def test_what_cannot_work_is_refused_before_it_queues(arguments: list[str], tmp_path: Path):
