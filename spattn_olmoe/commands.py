@@ -10,6 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 HEAD = "$HEAD_NODE:29500"
 """Where the ranks of several machines meet; the shell that starts them knows the host."""
+SHUTDOWN = 540
+"""Seconds that ranks may take to save when torchrun is told to stop; its own 30 are too few for a large checkpoint."""
 
 
 def train_command(
@@ -22,17 +24,21 @@ def train_command(
 ) -> list[str]:
     """``scripts/train.py`` with a config, by torchrun where ``ranks`` is given.
 
+    For several machines it is a line for a shell on each of them, which share the save folder: OLMo-core wants to be told.
+
     :param ranks: processes of each machine, ``gpu`` for one a GPU; None for a single process without torchrun.
     :param nodes: machines; with more than one, a person sets ``$HEAD_NODE``.
     :param to_run: with this interpreter and the script's absolute path, from whatever folder it is started.
     """
     if ranks is None:
         launcher = [sys.executable if to_run else "python"]
-    else:
+    elif nodes == 1:
         launcher = [sys.executable, "-m", "torch.distributed.run"] if to_run else ["torchrun"]
-        launcher += ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}"]
-        launcher += [f"--nproc_per_node={ranks}"]
-        launcher += [] if nodes == 1 else ["--rdzv_backend=c10d", f"--rdzv_endpoint={HEAD}"]
+        launcher += ["--standalone", f"--nproc_per_node={ranks}"]
+    else:
+        assert not to_run
+        launcher = ["OLMO_SHARED_FS=1", "torchrun", f"--nnodes={nodes}", f"--nproc_per_node={ranks}"]
+        launcher += ["--rdzv_backend=c10d", f"--rdzv_endpoint={HEAD}", f"--shutdown-timeout={SHUTDOWN}"]
     return [*launcher, _script("train", to_run), "--config", str(config), *overrides]
 
 

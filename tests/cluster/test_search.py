@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from spattn_olmoe.cluster import Layout, memory, plan
 from spattn_olmoe.cluster.launch import check_memory
 from spattn_olmoe.cluster.memory import USABLE
 from spattn_olmoe.cluster.profile import Profile
+from spattn_olmoe.commands import train_command
 from spattn_olmoe.machine import GPUS, gpu_hours
 from spattn_olmoe.train import load_experiment
 from spattn_olmoe.train.layout import check_layout
@@ -97,8 +99,20 @@ def test_the_command_prints_the_plan_and_the_command_that_starts_it():
     done = forked.run(*command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     last = done.stdout.rstrip().splitlines()[-1]
-    assert last.startswith("torchrun --nnodes=2 --nproc_per_node=8") and str(LARGE) in last
+    assert last.startswith("OLMO_SHARED_FS=1 torchrun --nnodes=2 --nproc_per_node=8") and str(LARGE) in last
+    assert " --shutdown-timeout=540 scripts/train.py" in last
     overrides = last.split(str(LARGE))[1].split()
     check_layout(load_experiment(LARGE, overrides), 16)
     for words in ("6,919,161,856", "7,215,698,688", "83.0 GB", "days"):
         assert words in done.stdout
+
+
+def test_every_line_that_starts_several_machines_shares_the_folder_and_gives_time_to_save():
+    """Without the one, OLMo-core refuses to save on the second machine; without the other, torchrun kills after 30 seconds."""
+    (timeout,) = re.findall(r"--shutdown-timeout=\d+", (ROOT / "scripts/launch/slurm.sbatch").read_text())
+    pages = "".join((ROOT / f"docs/{page}.md").read_text() for page in ("cluster", "running")).replace("\\\n", "")
+    lines = re.findall(r"^.*torchrun --nnodes=.*$", pages, flags=re.MULTILINE)
+    lines.append(" ".join(train_command("x.yaml", [], ranks=8, nodes=2)))
+    assert len(lines) == 5
+    for line in lines:
+        assert line.startswith("OLMO_SHARED_FS=1 torchrun ") and f" {timeout} " in line, line
