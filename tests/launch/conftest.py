@@ -13,6 +13,14 @@ from benchmarks.slurm_cluster import SlurmCluster
 from benchmarks.tiny import write_data
 from spattn_olmoe.commands import ROOT
 
+AROUND = {
+    "scontrol": 'rm "$here/controller-is-away" 2>/dev/null && exit 1; exec "$real" "$@"',
+    "date": 'if [ -e "$here/clock-is-fast" ]; then echo $(($("$real" +%s) * 10000)); else exec "$real" "$@"; fi',
+    "find": 'status=0; "$real" "$@" || status=$?; if [ -e "$here/find-fails" ]; then status=1; fi; exit "$status"',
+}
+"""Commands that the script meets the real ones through, and what a file at the top of the checkout makes them do: a controller
+that does not answer once, seconds that are hours, a folder that cannot be read."""
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[SlurmCluster]:
@@ -27,13 +35,11 @@ def submit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     activate = folder / ".venv/bin/activate"
     activate.parent.mkdir(parents=True)
     (folder / "bin").mkdir()
-    away = folder / "bin/scontrol"
-    away.write_text(
-        f'#!/bin/bash\nrm {folder}/controller-is-away 2>/dev/null && exit 1\nexec {shutil.which("scontrol")} "$@"\n'
-    )
-    away.chmod(0o755)
+    for name, body in AROUND.items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\nreal={shutil.which(name)}\nhere={folder}\n{body}\n")
+        (folder / "bin" / name).chmod(0o755)
     activate.write_text(
-        f'export PATH="{away.parent}:{Path(sys.executable).parent}:$PATH" PYTHONPATH="{ROOT}"\n'
+        f'export PATH="{folder}/bin:{Path(sys.executable).parent}:$PATH" PYTHONPATH="{ROOT}"\n'
         "export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=\n"
         f"while [ -e {folder}/set-up-is-slow ]; do touch {folder}/set-up-waits; sleep 0.1; done\n"
     )

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,14 +125,42 @@ def test_a_rank_that_hangs_is_noticed_its_stacks_are_written_and_the_job_ends_as
     job = Job(
         cluster, submit_folder, "hung", *overrides, "trainer.callbacks.heartbeat.stacks_after=4", options=(exports,)
     )
+    unreadable = submit_folder / "find-fails"
+    unreadable.touch()
     job.until(lambda: bool(job.steps()), "a checkpoint")
     (rank,) = cluster.ranks(job_nodes(cluster, job.id)[1])
     os.kill(rank, signal.SIGSTOP)
     job.until_log("no step for 10 seconds: the ranks are killed")
     job.until_log("it has crashed 1 times: not tried again")
     job.until_state("FAILED")
+    unreadable.unlink()
+    assert re.search(r"newest checkpoint: step [1-9]\d*, step 0 at the start$", job.log, re.MULTILINE), job.log
     stacks = (run / "stacks/rank0.txt").read_text()
     assert " in fit\n" in stacks and "/torch/distributed/" in stacks  # it waits for the other, in a step or in a save
+
+
+def test_ranks_without_a_heartbeat_whose_checkpoints_are_at_a_url_are_left_alone_until_they_crash(
+    cluster: SlurmCluster, submit_folder: Path
+):
+    """The script sees nothing of them: neither three attempts at one step nor hours without a sign of life are an end."""
+    exports = "--export=ALL,SPATTN_SAVE_FOLDER=s3://bucket/run,SPATTN_CHECK=no"
+    arguments = ["trainer.callbacks.heartbeat.enabled=false", pause(submit_folder, 2)]
+    job = Job(cluster, submit_folder, "elsewhere", *arguments, options=("--nodes=1", "--hold", exports))
+    folder = submit_folder / f"runs/slurm-{job.id}"
+    folder.mkdir(parents=True)
+    (folder / "attempts.txt").write_text(f"job {job.id} starts at step 0\n" * 3)
+    fast = submit_folder / "clock-is-fast"
+    fast.touch()
+    cluster.run("scontrol", "release", job.id)
+    job.until_paused(2)
+    time.sleep(3)  # eight hours of that clock
+    (rank,) = cluster.ranks(*job_nodes(cluster, job.id))
+    os.kill(rank, signal.SIGKILL)
+    job.resume(2)
+    job.until_log("it crashed, and its checkpoints are not seen: not tried again")
+    job.until_state("FAILED")
+    fast.unlink()
+    assert "checkpoints go to s3://bucket/run, where this script sees none" in job.log and "no step for" not in job.log
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
