@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, OlmoeConfig, OlmoeForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, OlmoeConfig, OlmoeForCausalLM, OlmoeModel
 
 try:
     from transformers.conversion_mapping import (
@@ -205,6 +206,40 @@ def token_places(
     queries = torch.stack([document[:, query], torch.where(valid, place, -1)[:, query]], dim=1)
     keys = torch.stack([torch.where(valid, document, -1), place], dim=1)
     return torch.cat([queries, keys], dim=2).to(torch.int32)[:, :, None]
+
+
+_INPUTS = tuple(inspect.signature(OlmoeModel.forward).parameters)[1:]
+_FOR_FLASH_ATTENTION = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def keep_documents_apart(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """Before every forward pass: packed documents are told apart with the default ``use_cache`` as well.
+
+    transformers looks for them, where ``position_ids`` do not go on by one, only where it has neither a mask nor a cache; and
+    it makes a cache unless told not to. A mask says that the positions are those of padded rows.
+    """
+    given = dict(zip(_INPUTS, args, strict=False)) | kwargs
+    for name in _FOR_FLASH_ATTENTION:
+        if given.get(name) is not None:
+            raise ValueError(
+                f"{name} is given: this model tells packed documents apart by position_ids that begin again in each: give "
+                f"those, and leave {', '.join(_FOR_FLASH_ATTENTION)} out"
+            )
+    positions, asked = given.get("position_ids"), given.get("use_cache")
+    cached = any(given.get(name) is not None for name in ("past_key_values", "cache"))  # its name until 5.24, and since
+    makes_cache = not cached and (model.config.use_cache if asked is None else asked)
+    if positions is None or given.get("attention_mask") is not None or not (cached or makes_cache):
+        return None
+    if torch.compiler.is_compiling():  # no value can be looked at; without a cache transformers splits in any case
+        packed = makes_cache
+    else:
+        packed = positions.shape[-1] > 1 and bool((positions.diff(dim=-1) != 1).any())
+    if packed and (cached or asked):
+        raise ValueError(
+            f"{'a cache' if cached else 'use_cache=True'} is given beside position_ids of packed documents, and a cache keeps "
+            "one document a row: leave it out, or give the attention_mask of padded rows"
+        )
+    return ((), given | {"use_cache": False}) if packed else None
 
 
 def _split(places: Tensor, T: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -421,6 +456,9 @@ class SPAttnOlmoeForCausalLM(OlmoeForCausalLM):
                 f"{config.num_hidden_layers} of {config.num_attention_heads}: restore config.json"
             )
         super().__init__(config)
+        for layer in self.model.layers:
+            _rule(layer.self_attn)  # here: a compiler that meets it first cannot make one
+        self.model.register_forward_pre_hook(keep_documents_apart, with_kwargs=True)
 
 
 AttentionInterface.register(IMPLEMENTATION, attend)

@@ -126,6 +126,40 @@ def test_packed_documents_do_not_see_each_other(load, section, computed):
     torch.testing.assert_close(logits, alone, **CLOSE)
 
 
+PACKED = torch.cat([torch.arange(n) for n in (25, 1, 34)])[None]
+
+
+@pytest.mark.parametrize("how", ["default", "training", "the inner model", "by place", "compiled"])
+def test_packed_documents_need_no_word_about_the_cache(load, how):
+    model, native = load(BANDS)
+    ids = tokens(B=1)
+    alone = torch.cat([native(document) for document in ids.split((25, 1, 34), dim=1)], dim=1)
+    if how == "training":
+        logits = model.train()(ids, position_ids=PACKED, labels=ids).logits
+    elif how == "the inner model":
+        logits = model.lm_head(model.model(ids, position_ids=PACKED).last_hidden_state)
+    elif how == "by place":
+        logits = model.lm_head(model.model(ids, None, PACKED).last_hidden_state)
+    elif how == "compiled":
+        logits = torch.compile(model, backend="eager")(ids, position_ids=PACKED).logits
+    else:
+        logits = model(ids, position_ids=PACKED).logits
+    torch.testing.assert_close(logits, alone, **CLOSE)
+
+
+@torch.no_grad()
+def test_positions_that_go_on_keep_their_cache(load):
+    from transformers import DynamicCache
+
+    model, native = load(BANDS)
+    ids, positions = tokens(B=1), torch.arange(60)[None]
+    first = model(ids[:, :40], position_ids=positions[:, :40])
+    cache = first.past_key_values
+    assert isinstance(cache, DynamicCache) and cache.get_seq_length() == 40
+    rest = model(ids[:, 40:], position_ids=positions[:, 40:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, native(ids)[:, 40:], **CLOSE)
+
+
 @torch.no_grad()
 @either_way
 def test_padding_within_a_sequence_is_as_if_it_were_not_there(load, computed):
@@ -396,6 +430,23 @@ def test_without_trust_or_as_plain_olmoe_it_is_refused(exported):
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     with pytest.raises(Exception, match="load it with trust_remote_code=True"):
         OlmoeForCausalLM.from_pretrained(folder)
+
+
+def test_packed_documents_with_a_cache_or_other_arguments_are_refused(load):
+    from transformers import DynamicCache
+
+    model, _ = load(BANDS)
+    ids = tokens(B=1)
+    with pytest.raises(
+        ValueError, match=r"^use_cache=True is given beside position_ids of packed documents.*leave it out"
+    ):
+        model(ids, position_ids=PACKED, use_cache=True)
+    with pytest.raises(ValueError, match=r"^a cache is given beside position_ids of packed documents.*leave it out"):
+        model(ids, position_ids=PACKED, past_key_values=DynamicCache(config=model.config))
+    ends = torch.tensor([0, 25, 26, 60], dtype=torch.int32)
+    for word in ({"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}, {"max_length_q": 34, "max_length_k": 34}):
+        with pytest.raises(ValueError, match=f"^{next(iter(word))} is given: .*position_ids that begin again in each"):
+            model(ids, position_ids=PACKED, **word)
 
 
 def test_masks_dropout_and_weights_of_the_users_own_are_refused(load):
