@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -192,11 +193,23 @@ def group(runs: Sequence[RunData]) -> dict[str, list[RunData]]:
                 break
         else:
             found.append([run])
-    names = [own[0].attention for own in found]
+    alike: dict[str, list[list[RunData]]] = {}
+    for own in found:
+        alike.setdefault(own[0].attention, []).append(own)
     return {
-        name if names.count(name) == 1 else f"{name} ({own[0].folder.name})": own
-        for name, own in zip(names, found, strict=True)
+        f"{name} ({label})" if label else name: own
+        for name, groups in alike.items()
+        for label, own in zip(_short([own[0].folder for own in groups]), groups, strict=True)
     }
+
+
+def _short(folders: Sequence[Path]) -> list[str]:
+    """As much of the end of each path as tells them apart, which for a single one is nothing."""
+    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
+    n = 0
+    while len({own[-n:] if n else () for own in parts}) < len(parts):
+        n += 1
+    return [str(Path(*own[-n:])) if n else "" for own in parts]
 
 
 def _is_held_out(key: str) -> bool:
@@ -221,7 +234,8 @@ def _curves(groups: dict[str, list[RunData]], wanted: Callable[[str], bool], uni
         series = [run.series(wanted) for run in runs]
         common = sorted(set.intersection(*(set(x) for x, _ in series)))
         if common:
-            values = np.array([[y[x.index(at)] for at in common] for x, y in series])
+            points = [dict(zip(x, y, strict=True)) for x, y in series]
+            values = np.array([[own[at] for at in common] for own in points])
             step = (runs[0].tokens_per_step or 1) if in_tokens else 1
             _line(figure, [at * step for at in common], values, name, _COLOURS[index % len(_COLOURS)])
     figure.update_layout(xaxis_title="tokens" if in_tokens else "steps", yaxis_title=unit)

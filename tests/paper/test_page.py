@@ -1,15 +1,18 @@
 """The page of runs side by side, from real runs, opened in a real browser."""
 
+import dataclasses
 import html
 import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from benchmarks.tiny_run import run_training
-from spattn_olmoe.paper.page import RunData, group, write
+from spattn_olmoe.paper.loss_curves import LOSS
+from spattn_olmoe.paper.page import RunData, _curves, group, write
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -31,6 +34,40 @@ def runs(tiny_yaml, tmp_path_factory):
 def test_seeds_of_a_type_are_one_group(runs):
     groups = group([RunData.read(run) for run in runs])
     assert {name: len(own) for name, own in groups.items()} == {"eball": 2, "dense": 1}
+
+
+def test_groups_whose_folders_are_called_alike_are_all_there(runs, tmp_path):
+    data = RunData.read(runs[0])
+    alike = [
+        dataclasses.replace(data, folder=Path(folder), config={"lr": lr})
+        for lr, folder in enumerate(("x/low/run", "x/high/run", "y/high/run"))
+    ]
+    groups = group(alike)
+    assert {name: [run.folder for run in own] for name, own in groups.items()} == {
+        f"eball ({run.folder})": [run.folder] for run in alike
+    }
+    assert list(group(alike[:2])) == ["eball (low/run)", "eball (high/run)"]
+    assert list(group([alike[0], dataclasses.replace(alike[1], folder=Path("other"))])) == [
+        "eball (run)",
+        "eball (other)",
+    ]
+
+
+def test_a_curve_of_many_steps_is_read_once():
+    class Counted(int):
+        compared = 0
+
+        def __eq__(self, other):
+            Counted.compared += 1
+            return int(self) == int(other)
+
+        __hash__ = int.__hash__
+
+    n = 2000
+    metrics = {Counted(step): {LOSS: 1.0 / step} for step in range(1, n + 1)}
+    run = RunData(Path("run"), metrics, [], {})
+    assert "1999" in _curves({"a": [run, run]}, lambda key: key == LOSS, "nats")
+    assert Counted.compared < 100 * n  # each step with every other would be n * n / 2
 
 
 def test_the_page_holds_the_figures_of_the_runs(runs, tmp_path):
