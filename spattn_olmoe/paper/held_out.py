@@ -25,7 +25,9 @@ SHORTEST = 8
 def in_loop(config: Path, overrides: Sequence[str], interval: int) -> list[str]:
     """Overrides that measure the loss on the validation split beside the training data, before the first step and at every
     ``interval``."""
-    paths = [path.replace("train-", "validation-") for path in read(config, overrides)["dataset"]["paths"]]
+    # The file's name alone: a folder may be called train-web.
+    training = map(Path, read(config, overrides)["dataset"]["paths"])
+    paths = [str(path.with_name(path.name.replace("train-", "validation-"))) for path in training]
     evaluator = "trainer.callbacks.lm_evaluator"
     return [
         *(f"{evaluator}.enabled=true", f"{evaluator}.eval_on_startup=true", f"{evaluator}.eval_interval={interval}"),
