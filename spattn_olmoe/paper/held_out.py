@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.loss import HeldOut, summarise, token_losses
-from ..metrics import read_metrics
+from ..metrics import METRICS_FILE, read_metrics
 from ..model.checkpoint import Checkpoint
 from ..patterns import Pattern, build_pattern
 from ..settings import read
@@ -36,13 +36,22 @@ def in_loop(config: Path, overrides: Sequence[str], interval: int) -> list[str]:
 
 
 def curve(folder: Path) -> dict[int, float]:
-    """Held-out loss (nats a token) of a run's folder by step, 0 before the first, as :func:`in_loop` measures it."""
-    return {
+    """Held-out loss (nats a token) of a run's folder by step, 0 before the first, as :func:`in_loop` measures it.
+
+    :raises ValueError: it was not measured while the run trained, or the folder is gone.
+    """
+    file = folder / METRICS_FILE
+    found = {
         step: value
-        for step, metrics in read_metrics(folder).items()
+        for step, metrics in (read_metrics(folder) if file.is_file() else {}).items()
         for key, value in metrics.items()
         if key.startswith("eval/lm/") and key.endswith("/CE loss")
     }
+    if not found:
+        raise ValueError(
+            f"{file} has no held-out losses: remove {folder} and the run's file in results/, and run again"
+        )
+    return found
 
 
 def measure(folder: Path) -> dict[str, Any]:

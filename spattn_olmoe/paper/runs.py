@@ -233,13 +233,39 @@ def _first_seeds(config: Path, overrides: tuple[str, ...]) -> tuple[int, int]:
     return plain["init_seed"], plain["data_loader"]["seed"]
 
 
+_WITHOUT_EFFECT = frozenset(
+    {
+        "olmo_core.train.callbacks.DownstreamEvaluatorCallbackConfig",
+        "olmo_core.train.callbacks.LMEvaluatorCallbackConfig",
+        "spattn_olmoe.paper.same_start.StartRecord",
+        "spattn_olmoe.train.checkpoints.SafeCheckpointer",
+        "spattn_olmoe.train.faults.SkipNonFinite",
+        "spattn_olmoe.train.progress.Progress",
+        "spattn_olmoe.train.wandb.WandB",
+        "spattn_olmoe.train.watch.Heartbeat",
+        "spattn_olmoe.train.watch.Stragglers",
+    }
+)
+"""Callbacks that save and watch: a run with finite gradients ends with the same weights whatever they are set to."""
+
+
 def config_key(resolved: dict[str, Any]) -> str:
-    """Twelve hex digits that name what training depends on: a resolved config without its folders and callbacks."""
+    """Twelve hex digits that name what training depends on: a resolved config without its folders and what only watches."""
     plain = json.loads(json.dumps(resolved))
-    outside = ("trainer", "save_folder"), ("trainer", "callbacks"), ("dataset", "work_dir"), ("data_loader", "work_dir")
+    outside = ("trainer", "save_folder"), ("dataset", "work_dir"), ("data_loader", "work_dir")
     for section, key in outside:
         plain[section].pop(key, None)
+    callbacks = plain["trainer"].pop("callbacks", {})
+    if counted := {name: callback for name, callback in callbacks.items() if _counts(callback)}:
+        plain["trainer"]["callbacks"] = counted
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _counts(callback: dict[str, Any] | None) -> bool:
+    """Whether a callback changes what comes out: the weights, or a curve that begins before the first step and is a result."""
+    if callback is None:
+        return False
+    return callback.get("_CLASS_") not in _WITHOUT_EFFECT or callback.get("eval_on_startup", False)
 
 
 def steps_of(config: ExperimentConfig) -> int:

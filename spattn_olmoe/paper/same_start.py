@@ -17,8 +17,9 @@ from olmo_core.train.callbacks import Callback
 
 from ..files import replace_file
 from ..json_files import read_json
+from ..train.config import ExperimentConfig
 from ..train.parts import model_parts
-from ..train.shards import stated_hashes
+from ..train.shards import data_files, stated_hashes
 
 FILE_NAME = "start.json"
 PARTS = ("weights", "order", "data")
@@ -40,7 +41,11 @@ class StartRecord(Callback):
         if get_rank() == 0:
             loader = self.trainer.data_loader
             assert isinstance(loader, NumpyDataLoaderBase)
-            start = {"weights": weights, "order": _hash_order(loader), "data": _hash_data(loader)}
+            start = {
+                "weights": weights,
+                "order": _hash_order(loader),
+                "data": _hash_data(map(str, loader.dataset.paths)),
+            }
             replace_file(Path(self.trainer.save_folder) / FILE_NAME, (json.dumps(start, indent=1) + "\n").encode())
 
 
@@ -66,11 +71,28 @@ def _hash_order(loader: NumpyDataLoaderBase) -> str:
     return digest.hexdigest()
 
 
-def _hash_data(loader: NumpyDataLoaderBase) -> str:
-    files = [str(path) for path in loader.dataset.paths]
+def _hash_data(paths: Iterable[str]) -> str:
+    files = list(paths)
     known = stated_hashes(files)
     shards = [known[path] for path in sorted(map(Path, files), key=lambda path: (path.parent, path.name))]
     return hashlib.sha256("\n".join(shards).encode()).hexdigest()
+
+
+def check_same_data(config: ExperimentConfig, start: Mapping[str, Any], done: Path) -> None:
+    """Raise unless what was done before was done on the data that lie there now. Data that are gone are not asked for.
+
+    :param start: its record.
+    :param done: where it lies.
+    """
+    try:
+        files = data_files(config.dataset)
+    except ValueError:
+        return
+    if start["data"] != (now := _hash_data(files)):
+        raise ValueError(
+            f"{done}: was trained on other text than dataset.paths={config.dataset.paths} holds now (SHA-256 of the shards' "
+            f"{start['data'][:12]}, now {now[:12]}): restore the data, or remove {done} and the run's folder to train again"
+        )
 
 
 def read_start(folder: Path) -> dict[str, str]:

@@ -31,7 +31,7 @@ from ..model.checkpoint_files import find_checkpoint
 from . import held_out
 from .loss_curves import LOSS
 from .runs import Run, Scale, data_config, steps_of
-from .same_start import check_same_start, read_start
+from .same_start import check_same_data, check_same_start, read_start
 
 FORMAT = "spattn_olmoe reproduction run 1"
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT)
@@ -90,11 +90,13 @@ def run_all(
     """Train and evaluate all runs that are not finished; the results of all, in the order of ``runs``.
 
     :param jobs: runs that train at the same time. They do not know of one another, so it changes no result.
-    :raises ValueError: training failed or was stopped, or runs that are to be compared did not start alike.
+    :raises ValueError: training failed or was stopped, the data have changed since a run was finished, or runs that are to
+        be compared did not start alike.
     """
     results: dict[str, dict[str, Any]] = {run.name: done for run in runs if (done := _read_result(out, run))}
     for number, run in enumerate(runs, 1):
         if run.name in results:
+            check_same_data(run.experiment(), results[run.name]["start"], result_file(out, run))
             say(f"[{number}/{len(runs)}] {_line(results[run.name])}, done before")
     waiting = [run for run in runs if run.name not in results]
     for run in waiting:
@@ -133,11 +135,13 @@ def _line(result: dict[str, Any]) -> str:
 
 def _train(run: Run, scale: Scale, children: list[subprocess.Popen[bytes]], stop: threading.Event, say: Say) -> str:
     """Bring a run to its last step; in words, where it was resumed."""
-    steps = steps_of(run.experiment())
+    config = run.experiment()
+    steps = steps_of(config)
     run.folder.mkdir(parents=True, exist_ok=True)
     with only_one(run.folder, say) as lock:
         before = trained_steps(run.folder)
         if before >= steps:
+            check_same_data(config, read_start(run.folder), run.folder)  # of one that goes on the training itself asks
             return ", trained before"
         if stop.is_set():
             return ""

@@ -13,10 +13,12 @@ from benchmarks.tiny import tiny
 from spattn_olmoe.commands import ROOT
 from spattn_olmoe.evaluation.suites import SUITES
 from spattn_olmoe.machine import ASSUMED_MFU, GPUS
+from spattn_olmoe.paper import loss_by_tokens
 from spattn_olmoe.paper.runs import SCALES, TABLES, config_key, cost, runs_of
 from spattn_olmoe.paper.same_start import check_same_start, hash_weights
 from spattn_olmoe.paper.train_and_evaluate import run_command, suite_command
 from spattn_olmoe.patterns import VARIANTS
+from spattn_olmoe.settings import read
 
 
 def plan(table: str, scale: str, seeds: int = 1, **kwargs):
@@ -62,10 +64,46 @@ def test_a_key_names_what_training_depends_on():
     assert run.key == elsewhere.key != longer.key and run.folder != elsewhere.folder
     plain = {"trainer": {"save_folder": "a", "callbacks": {}, "x": 1}, "dataset": {}, "data_loader": {}}
     other = copy.deepcopy(plain)
-    other["trainer"] |= {"save_folder": "b", "callbacks": {"wandb": {"enabled": False}}}
+    tracker = {"_CLASS_": "spattn_olmoe.train.wandb.WandB", "enabled": False}
+    other["trainer"] |= {"save_folder": "b", "callbacks": {"wandb": tracker, "lm_evaluator": None}}
     assert config_key(plain) == config_key(other)
     other["trainer"]["x"] = 2
     assert config_key(plain) != config_key(other)
+
+
+SCHEDULE = (
+    "trainer.callbacks.batches._CLASS_=olmo_core.train.callbacks.BatchSizeSchedulerCallback",
+    "trainer.callbacks.batches.batch_sizes=[1024,2048]",
+    "trainer.callbacks.batches.schedule=[{value: 0, unit: steps}, {value: 10, unit: steps}]",
+)
+
+
+def test_callbacks_that_change_what_comes_out_are_part_of_the_key():
+    def key(*overrides: str) -> str:
+        return plan("table3", "cpu", variants=["eball"], overrides=overrides)[0].key
+
+    plain = key()
+    assert plain == key("trainer.callbacks.checkpointer.ephemeral_save_interval=7", "trainer.callbacks.wandb=null")
+    assert plain == key("trainer.callbacks.lm_evaluator.enabled=true")
+    scheduled = key(*SCHEDULE)
+    assert len({plain, scheduled, key(*SCHEDULE[:1], "trainer.callbacks.batches.batch_sizes=[1024,4096]")}) == 3
+    # The curve is the result there: a run of a table, which has none, is another one.
+    constant = ["train_module.scheduler.alpha_f=1.0"]
+    masks = ("dense", "eball")
+    studied, _ = loss_by_tokens.plan(SCALES["cpu"].config, masks, seeds=1, out=Path("out"), overrides=constant)
+    (alike,) = plan("table3", "cpu", variants=["dense"], overrides=constant)
+    assert studied.key != alike.key
+
+
+@pytest.mark.parametrize(
+    "name", ["reproduce/cpu", "reproduce/cpu_long", "reproduce/gpu", "1b7b_spattn", "table2_bigbird"]
+)
+def test_the_callbacks_of_shipped_configs_are_in_no_key(name):
+    resolved = read(ROOT / "configs" / f"{name}.yaml")
+    assert resolved["trainer"]["callbacks"]
+    key = config_key(resolved)
+    resolved["trainer"]["callbacks"] = {}
+    assert config_key(resolved) == key
 
 
 def test_costs_are_tokens_times_flops():

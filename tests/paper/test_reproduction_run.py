@@ -18,6 +18,7 @@ import pytest
 from benchmarks.forked import environment
 from benchmarks.tiny_run import ROOT
 from spattn_olmoe.data import DataConfig, SourceConfig, TokenizerSection, prepare
+from spattn_olmoe.files import replace_file
 from spattn_olmoe.paper.comparison import Comparison
 from spattn_olmoe.paper.train_and_evaluate import only_one
 
@@ -63,7 +64,7 @@ def start(words: list[str], cwd: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_killed_and_started_again_it_goes_on(words, reproduce, tmp_path: Path):
+def test_killed_and_started_again_it_goes_on(words, reproduce, data: Path, tmp_path: Path):
     first = start(words, tmp_path)
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("out/runs/tiny-eball-*/step4/.metadata.json")):
@@ -97,6 +98,19 @@ def test_killed_and_started_again_it_goes_on(words, reproduce, tmp_path: Path):
     code, third, _ = reproduce(*words)
     assert code == 0 and third.count("done before") == 2, third
     assert all(path.stat().st_mtime_ns == t for path, t in before.items() if path.exists())
+
+    # Other text under the same names is another experiment, for results and for what was trained without one.
+    manifest = data / "manifest.json"
+    (hash_,) = {
+        shard["sha256"] for shard in json.loads(manifest.read_text())["shards"] if shard["path"].startswith("train-")
+    }
+    replace_file(manifest, manifest.read_bytes().replace(hash_.encode(), b"0" * 64))
+    result = Path("out/results/tiny-eball-seed0.json")
+    code, _, err = reproduce(*words)
+    assert code == 2 and err.startswith(f"error: {result}: was trained on other text than dataset.paths="), err
+    shutil.rmtree(tmp_path / "out/results")
+    code, _, err = reproduce(*words)
+    assert code == 2 and err.startswith("error: out/runs/tiny-eball-seed0-") and "was trained on other text" in err, err
 
 
 def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path: Path):
