@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from spattn_olmoe.errors import Parser, user_errors
-from spattn_olmoe.files import replace_file
+from spattn_olmoe.files import complete_or_absent, replace_file
 
 _SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "pydoc_data", "lib2to3"}
 _SHORTEST = 80
@@ -39,20 +39,30 @@ def write_stdlib_corpus(folder: str | os.PathLike[str], sources: bool = False) -
     """
     target, library = Path(folder), Path(sysconfig.get_path("stdlib"))
     seen: set[bytes] = set()
-    written: list[Path] = []
+    files: dict[str, bytes] = {}
     try:
-        target.mkdir(parents=True, exist_ok=True)
         main = ("sources", _sources(library)) if sources else ("docstrings", _docstrings(library))
         for name, documents in (("reference", _reference(library)), main):
             lines = [json.dumps({"text": text, "id": i}) for i, text in documents if _is_new(text, seen)]
             if lines:
-                written.append(target / f"{name}.jsonl")
-                replace_file(written[-1], ("\n".join(lines) + "\n").encode())
+                files[f"{name}.jsonl"] = ("\n".join(lines) + "\n").encode()
+        if not files:
+            raise ValueError(f"{library}: holds no Python sources; use an interpreter that has its standard library")
+        _write(target, files)
     except OSError as error:
         raise ValueError(f"{error.filename or target}: {error.strerror}") from error
-    if not written:
-        raise ValueError(f"{library}: holds no Python sources; use an interpreter that has its standard library")
-    return written
+    return [target / name for name in files]
+
+
+def _write(target: Path, files: dict[str, bytes]) -> None:
+    """All files or none: whoever finds one takes it for the whole corpus."""
+    if target.is_dir() and any(target.iterdir()):  # another corpus, or what the user keeps there
+        for name, data in files.items():
+            replace_file(target / name, data)
+        return
+    with complete_or_absent(target.resolve(), sum(map(len, files.values())), key="folder") as aside:
+        for name, data in files.items():
+            replace_file(aside / name, data)
 
 
 def _is_new(text: str, seen: set[bytes]) -> bool:

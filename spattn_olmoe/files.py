@@ -39,20 +39,21 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def complete_or_absent(to: str | Path, n_bytes: int) -> Iterator[Path]:
+def complete_or_absent(to: str | Path, n_bytes: int, key: str = "--to") -> Iterator[Path]:
     """A folder to write to, which gets its name once all is written; it vanishes where that fails.
 
     :param n_bytes: what will be written, about.
+    :param key: what the user has named the folder by.
     :raises ValueError: ``to`` exists, or the disk has no room.
     """
     to = Path(to)
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
-        raise ValueError(f"--to {to} exists: name a folder that does not, or remove it")
+        raise ValueError(f"{key} {to} exists: name a folder that does not, or remove it")
     to.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(to.parent).free
     if free < n_bytes * 1.01:
         raise ValueError(
-            f"--to {to}: {n_bytes / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free: name another disk"
+            f"{key} {to}: {n_bytes / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free: name another disk"
         )
     aside = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
     try:
@@ -63,7 +64,7 @@ def complete_or_absent(to: str | Path, n_bytes: int) -> Iterator[Path]:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise ValueError(f"--to {to}: no space is left on the disk; nothing was kept") from None
+        raise ValueError(f"{key} {to}: no space is left on the disk; nothing was kept") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 from benchmarks.forked import environment
 from benchmarks.tiny_run import ROOT
@@ -37,3 +41,44 @@ def test_sources_are_the_library_itself(tmp_path: Path) -> None:
     module = Path(argparse.__file__).read_text()
     parts = [text for name, text in texts.items() if name.startswith("argparse:")]
     assert len(parts) > 20 and "".join(parts) in module  # in its order, without a gap
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module, of a library of two documents."""
+    spec = importlib.util.spec_from_file_location("quickstart_corpus", ROOT / "scripts/quickstart_corpus.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "_reference", lambda _: [("a", "a" * 100)])
+    monkeypatch.setattr(module, "_docstrings", lambda _: [("b", "b" * 100)])
+    return module
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_what_is_interrupted_leaves_no_part_of_a_corpus(script, monkeypatch, tmp_path: Path, made: bool) -> None:
+    folder, write = tmp_path / "corpus", script.replace_file
+    if made:
+        folder.mkdir()
+
+    def interrupted(path: Path, data: bytes) -> None:
+        if path.name == "docstrings.jsonl":
+            raise KeyboardInterrupt
+        write(path, data)
+
+    monkeypatch.setattr(script, "replace_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        script.write_stdlib_corpus(folder)
+    assert not list(tmp_path.rglob("*.jsonl"))
+    monkeypatch.setattr(script, "replace_file", write)
+    files = script.write_stdlib_corpus(folder)
+    assert files == [folder / "reference.jsonl", folder / "docstrings.jsonl"] and all(map(Path.is_file, files))
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_an_existing_folder_keeps_what_else_it_holds(script, tmp_path: Path) -> None:
+    (tmp_path / "reference.jsonl").write_text("a part")
+    (tmp_path / "notes.txt").write_text("mine")
+    script.write_stdlib_corpus(tmp_path)
+    assert json.loads((tmp_path / "reference.jsonl").read_text())["text"] == "a" * 100
+    assert (tmp_path / "notes.txt").read_text() == "mine" and (tmp_path / "docstrings.jsonl").is_file()
