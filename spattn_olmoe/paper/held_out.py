@@ -25,14 +25,18 @@ SHORTEST = 8
 def in_loop(config: Path, overrides: Sequence[str], interval: int) -> list[str]:
     """Overrides that measure the loss on the validation split beside the training data, before the first step and at every
     ``interval``."""
-    # The file's name alone: a folder may be called train-web.
-    training = map(Path, read(config, overrides)["dataset"]["paths"])
-    paths = [str(path.with_name(path.name.replace("train-", "validation-"))) for path in training]
+    paths = [_validation(path) for path in read(config, overrides)["dataset"]["paths"]]
     evaluator = "trainer.callbacks.lm_evaluator"
     return [
         *(f"{evaluator}.enabled=true", f"{evaluator}.eval_on_startup=true", f"{evaluator}.eval_interval={interval}"),
         f"{evaluator}.eval_dataset.paths=[{','.join(paths)}]",
     ]
+
+
+def _validation(path: str) -> str:
+    """The held-out shards beside training shards. The folder keeps its name, which may be train-web; it may be a URL."""
+    folder, slash, name = path.rpartition("/")
+    return folder + slash + name.replace("train-", "validation-")
 
 
 def curve(folder: Path) -> dict[int, float]:

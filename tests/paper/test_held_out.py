@@ -10,11 +10,17 @@ from spattn_olmoe.commands import ROOT
 from spattn_olmoe.paper.held_out import curve, in_loop
 
 
-def test_held_out_shards_lie_in_the_training_shards_folder_whatever_it_is_called():
-    words = in_loop(ROOT / "configs/reproduce/cpu.yaml", ["dataset.paths=[/data/train-web/train-*.bin]"], 5)
-    assert words[-1].endswith(".eval_dataset.paths=[/data/train-web/validation-*.bin]")
-    (run,) = [word for word in in_loop(ROOT / "configs/reproduce/cpu.yaml", [], 5) if "paths" in word]
-    assert run.endswith("paths=[data/reproduce_cpu/shards/validation-*.bin]")
+@pytest.mark.parametrize(
+    ("training", "held_out"),
+    [
+        ("/data/train-web/train-*.bin", "/data/train-web/validation-*.bin"),
+        ("s3://train-web/train-*.bin", "s3://train-web/validation-*.bin"),
+        ("train-*.bin", "validation-*.bin"),
+    ],
+)
+def test_held_out_shards_lie_in_the_training_shards_folder_whatever_it_is_called(training: str, held_out: str):
+    words = in_loop(ROOT / "configs/reproduce/cpu.yaml", [f"dataset.paths=['{training}']"], 5)
+    assert words[-1].endswith(f".eval_dataset.paths=[{held_out}]")
 
 
 def test_a_run_without_a_curve_is_one_line(tmp_path: Path):
