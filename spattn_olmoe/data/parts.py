@@ -17,7 +17,7 @@ def merge(output: str | os.PathLike[str], *, hashes: bool = False) -> Manifest:
     """Write ``manifest.json`` over the folders ``part-*`` in ``output``. The shards stay where they are.
 
     :param hashes: read every shard and compare its SHA-256 first.
-    :raises ValueError: a part is missing, unfinished, damaged, or was made with other options.
+    :raises ValueError: a part is missing, unfinished, damaged, or was made with other options or from other files.
     """
     folder = Path(output)
     found = sorted(folder.glob("part-*-of-*"))
@@ -30,8 +30,10 @@ def merge(output: str | os.PathLike[str], *, hashes: bool = False) -> Manifest:
     if missing or len(parts) != n:
         raise ValueError(f"{folder}: expected {n} parts, found {len(parts)}; missing: {', '.join(missing) or 'none'}")
     first = parts[0]
+    _same_listings(parts)
     for part in parts[1:]:
         same_options(part.directory, _shared(part), _shared(first))
+    _disjoint(parts)
     replace_file(folder / first.tokenizer.path, first.tokenizer_path.read_bytes())
     merged = replace(
         first,
@@ -48,6 +50,33 @@ def merge(output: str | os.PathLike[str], *, hashes: bool = False) -> Manifest:
 
 def _part(folder: Path, hashes: bool) -> Manifest:
     return verify(folder, hashes=hashes)
+
+
+_AGAIN = "make the files the same on every machine, delete the parts that were made from others and prepare them again"
+
+
+def _same_listings(parts: list[Manifest]) -> None:
+    """Raise where parts found different files: each takes its share of what it found, so text would be lost or doubled."""
+    first = parts[0]
+    for part in parts[1:]:
+        for i, (a, b) in enumerate(zip(first.options["sources"], part.options["sources"], strict=False)):
+            found = [source.get("listing") for source in (a, b)]
+            if None not in found and found[0] != found[1]:  # None: an earlier version did not write it down
+                raise ValueError(
+                    f"{part.directory}: sources[{i}]: there were other files, or files of other sizes, than for "
+                    f"{first.directory}; {_AGAIN}"
+                )
+
+
+def _disjoint(parts: list[Manifest]) -> None:
+    """Raise where two parts read one file: what is left to see of parts whose listings are unknown."""
+    readers: dict[tuple[int, str], Path] = {}
+    for part in parts:
+        for i, source in enumerate(part.options["sources"]):
+            for name, _size in source["files"]:
+                other = readers.setdefault((i, name), part.directory)
+                if other != part.directory:
+                    raise ValueError(f"{part.directory}: sources[{i}]: {name} was read for {other} as well; {_AGAIN}")
 
 
 def _shared(part: Manifest) -> dict[str, Any]:

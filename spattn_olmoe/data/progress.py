@@ -14,6 +14,8 @@ from ..json_files import read_json
 from .chunks import Position
 
 NAME = "progress.json"
+_SINCE = frozenset({"listing"})
+"""Options that earlier versions did not write down: where one is missing it is unknown, and agrees with any."""
 
 
 @dataclass
@@ -112,8 +114,8 @@ class Progress:
 
 def same_options(folder: Path, found: Any, asked: Any, key: str = "") -> None:
     """:raises ValueError: the first option in which an existing output and this run differ."""
-    if isinstance(found, dict) and isinstance(asked, dict) and found.keys() == asked.keys():
-        for name in asked:
+    if isinstance(found, dict) and isinstance(asked, dict) and found.keys() ^ asked.keys() <= _SINCE:
+        for name in (name for name in asked if name in found):
             same_options(folder, found[name], asked[name], f"{key}.{name}" if key else name)
     elif isinstance(found, list) and isinstance(asked, list) and len(found) == len(asked):
         for i, (old, new) in enumerate(zip(found, asked, strict=True)):

@@ -19,7 +19,7 @@ from .documents import texts
 from .encode import Settings
 from .manifest import FORMAT, TokenizerRecord
 from .mixture import LAG
-from .sources import Source, open_source, reading_order
+from .sources import Source, listing, open_source, reading_order
 from .tokenizer import (
     EOS,
     PAD,
@@ -76,6 +76,7 @@ class Plan:
                     "separator": s.separator,
                     "weight": s.weight,
                     **{k: v for k, v in source.origin.items() if k in ("hub", "name", "split", "revision")},
+                    "listing": listing(source.files),
                     "files": [[source.files[i].name, source.files[i].size] for i in order],
                 }
                 for s, source, order in zip(c.sources, self.sources, self.orders, strict=True)

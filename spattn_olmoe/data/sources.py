@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import itertools
+import json
 import os
 import zlib
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from ..files import matching
 from .chunks import BrokenFileError, Chunk, Position
 from .config import SourceConfig
 from .readers import cells, file_kind, group_rows, read_file
+from .tokenizer import sha256
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ def open_source(config: SourceConfig, index: int, *, max_document_bytes: int) ->
     if config.hub:
         return HubSource(config, index)
     return LocalSource(config, index, max_document_bytes=max_document_bytes)
+
+
+def listing(files: list[SourceFile]) -> str:
+    """A hash of the names and sizes of all of a source's files: what parts prepared apart must have found alike."""
+    return sha256(json.dumps([[file.name, file.size] for file in files]).encode())
 
 
 def reading_order(files: list[SourceFile], seed: int | None, part: int, n_parts: int) -> list[int]:

@@ -241,6 +241,46 @@ def test_parts_together_are_the_whole(documents: list[str], make_config: Make, t
         merge(tmp_path / "parts")
 
 
+def _forget_listing(folder: Path) -> None:
+    """A part as earlier versions wrote it."""
+    content = json.loads((folder / "manifest.json").read_text())
+    for source in content["options"]["sources"]:
+        del source["listing"]
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["listing known", "earlier version"])
+def test_parts_that_found_other_files_are_not_merged(
+    known: bool, documents: list[str], make_config: Make, tmp_path: Path
+) -> None:
+    def files(n: int) -> Path:
+        for i in range(n):
+            write_jsonl(tmp_path / "in" / f"{i}.jsonl", documents[i * 20 : (i + 1) * 20])
+        return tmp_path / "in" / "*.jsonl"
+
+    first = prepare(make_config(files(3), part="0/2"))
+    second = prepare(make_config(files(7), part="1/2"))
+    listings = [[name for name, _size in m.options["sources"][0]["files"]] for m in (first, second)]
+    assert set(listings[0]) & set(listings[1])  # one is doubled, and others are in neither part
+    if not known:
+        _forget_listing(second.directory)
+    with pytest.raises(ValueError, match=r"part-0001-of-0002: sources\[0\]: .*part-0000-of-0002.*prepare") as error:
+        merge(tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_parts_whose_listings_are_unknown_are_merged_and_resumed(
+    documents: list[str], make_config: Make, tmp_path: Path
+) -> None:
+    for i in range(4):
+        write_jsonl(tmp_path / "in" / f"{i}.jsonl", documents[i * 20 : (i + 1) * 20])
+    config = make_config(tmp_path / "in" / "*.jsonl", part="1/2")
+    prepare(make_config(tmp_path / "in" / "*.jsonl", part="0/2"))
+    _forget_listing(prepare(config).directory)
+    assert prepare(config).count("train").documents == 40
+    assert merge(tmp_path / "out").count("train").documents == 80
+
+
 def test_more_parts_than_files_are_refused(documents: list[str], make_config: Make, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1 files, too few for 2 parts"):
         prepare(make_config(write_jsonl(tmp_path / "a.jsonl", documents), part="0/2"))
