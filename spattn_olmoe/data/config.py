@@ -34,7 +34,7 @@ class SourceConfig:
     field: str = "text"
     """The JSON key or Parquet column that holds the text."""
     separator: str | None = None
-    """Between the documents of a ``.txt`` file, line breaks around it included; without it a file is a document."""
+    """Between the documents of a ``.txt`` file, here or on the hub, line breaks around it included; without it a file is one."""
     weight: float = 1.0
     """This source's share of the tokens, relative to the other sources' weights."""
 

@@ -114,9 +114,10 @@ class Progress:
 
 def same_options(folder: Path, found: Any, asked: Any, key: str = "") -> None:
     """:raises ValueError: the first option in which an existing output and this run differ."""
-    if isinstance(found, dict) and isinstance(asked, dict) and found.keys() ^ asked.keys() <= _SINCE:
-        for name in (name for name in asked if name in found):
-            same_options(folder, found[name], asked[name], f"{key}.{name}" if key else name)
+    if isinstance(found, dict) and isinstance(asked, dict):
+        for name in dict.fromkeys([*asked, *found]):
+            if name not in _SINCE or (name in asked and name in found):
+                same_options(folder, found.get(name), asked.get(name), f"{key}.{name}" if key else name)
     elif isinstance(found, list) and isinstance(asked, list) and len(found) == len(asked):
         for i, (old, new) in enumerate(zip(found, asked, strict=True)):
             same_options(folder, old, new, f"{key}[{i}]")

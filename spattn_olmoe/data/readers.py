@@ -1,4 +1,4 @@
-"""Local files to chunks: JSON lines, text and Parquet, plain, gzip or zstd.
+"""Files to chunks: JSON lines, text and Parquet, plain, gzip or zstd.
 
 Where a chunk ends depends on the bytes after its start alone, never on how they happened to arrive, so a reader that
 starts again from any chunk's end yields the same chunks.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,6 +34,10 @@ _BATCH_BYTES = 2**28
 _BATCH_ROWS = 256
 
 
+Pieces = Callable[[int], Iterator[tuple[bytes, float]]]
+"""A file's decompressed bytes from an offset on, piece by piece, each with the share of the file read so far."""
+
+
 def file_kind(path: Path) -> str | None:
     """``jsonl``, ``text`` or ``parquet`` by the file's ending; None for any other."""
     suffixes = path.suffixes
@@ -44,7 +49,7 @@ def file_kind(path: Path) -> str | None:
 def read_file(
     path: Path, name: str, start: Position, *, field: str, separator: str | None, max_document_bytes: int
 ) -> Iterator[Chunk]:
-    """The chunks of a file from ``start`` on.
+    """The chunks of a local file from ``start`` on.
 
     :param name: what to call the file in chunks and rejects.
     :param separator: between the documents of a text file; None takes it as one.
@@ -52,14 +57,21 @@ def read_file(
     """
     kind = file_kind(path)
     if kind == "parquet":
-        yield from group_rows(parquet_cells(path, field, start.offset), name, start)
-    elif kind == "text" and separator is None:
-        yield from _whole(path, name, start, max_document_bytes)
-    else:
-        assert kind is not None
-        delimiter = Delimiter(separator if kind == "text" and separator else "\n")
-        # JSON escapes and the keys beside the text take room of their own; the text itself is measured once decoded
-        yield from _delimited(path, name, kind, delimiter, start, 4 * max_document_bytes)
+        return group_rows(parquet_cells(path, field, start.offset), name, start)
+    assert kind is not None
+    pieces = partial(byte_chunks, path)
+    return read_pieces(pieces, kind, name, start, separator=separator, max_document_bytes=max_document_bytes)
+
+
+def read_pieces(
+    pieces: Pieces, kind: str, name: str, start: Position, *, separator: str | None, max_document_bytes: int
+) -> Iterator[Chunk]:
+    """The chunks of a file of JSON lines or of text, wherever it lies, from ``start`` on; see :func:`read_file`."""
+    if kind == "text" and separator is None:
+        return _whole(pieces, name, start, max_document_bytes)
+    delimiter = Delimiter(separator if kind == "text" and separator else "\n")
+    # JSON escapes and the keys beside the text take room of their own; the text itself is measured once decoded
+    return _delimited(pieces, name, kind, delimiter, start, 4 * max_document_bytes)
 
 
 class Delimiter:
@@ -92,10 +104,10 @@ class Delimiter:
 
 
 def _delimited(
-    path: Path, name: str, kind: str, delimiter: Delimiter, start: Position, longest: int
+    pieces: Pieces, name: str, kind: str, delimiter: Delimiter, start: Position, longest: int
 ) -> Iterator[Chunk]:
     buffer, position, share = bytearray(), start, 0.0
-    source, broken = byte_chunks(path, start.offset), None
+    source, broken = pieces(start.offset), None
     ended = False
     while not ended:
         try:
@@ -167,14 +179,14 @@ def _rest(
         yield Chunk(kind, payload, name, first, end, rejects=rejects, share=1.0)
 
 
-def _whole(path: Path, name: str, start: Position, max_document_bytes: int) -> Iterator[Chunk]:
+def _whole(pieces: Pieces, name: str, start: Position, max_document_bytes: int) -> Iterator[Chunk]:
     """A text file that is one document."""
     if start.number:
         return
     parts: list[bytes] = []
     size, reason = 0, None
     try:
-        for data, _share in byte_chunks(path, 0):
+        for data, _share in pieces(0):
             parts.append(data)
             size += len(data)
             if size > max_document_bytes:
@@ -190,25 +202,46 @@ def _whole(path: Path, name: str, start: Position, max_document_bytes: int) -> I
 
 
 def byte_chunks(path: Path, start: int) -> Iterator[tuple[bytes, float]]:
-    """A file's decompressed bytes from ``start`` on, each with the share of the file read so far.
+    """The :data:`Pieces` of a local file.
 
-    :raises BrokenFileError: truncated or corrupt compression, after everything before it was yielded.
+    :raises BrokenFileError: see :func:`unpack`.
     """
-    size, total = max(1, path.stat().st_size), 0
+    size = max(1, path.stat().st_size)
     with open(path, "rb") as file:
         if path.suffix not in _COMPRESSIONS:
             file.seek(start)
-        pieces = {".gz": _gunzip, ".zst": _unzstd, ".zstd": _unzstd}.get(path.suffix, _plain)(file)
-        skip = 0 if path.suffix not in _COMPRESSIONS else start
-        for data in pieces:
-            total += len(data)
-            if total > max(_ALWAYS_ALLOWED, EXPANSION * file.tell()):
-                raise BrokenFileError(f"decompresses to more than {EXPANSION} times its size: no text does")
-            if skip >= len(data):
-                skip -= len(data)
-                continue
-            yield data[skip:] if skip else data, file.tell() / size
-            skip = 0
+            start = 0
+        for data in unpack(file, path.suffix, start):
+            yield data, file.tell() / size
+
+
+def unpack(file: BinaryIO, suffix: str, start: int = 0) -> Iterator[bytes]:
+    """An open file's bytes, decompressed as its ending asks for, without the first ``start``.
+
+    :raises BrokenFileError: truncated, corrupt or empty compression, after everything before it was yielded.
+    """
+    total = 0
+    for data in {".gz": _gunzip, ".zst": _unzstd, ".zstd": _unzstd}.get(suffix, _plain)(file):
+        total += len(data)
+        if total > max(_ALWAYS_ALLOWED, EXPANSION * file.tell()):
+            raise BrokenFileError(f"decompresses to more than {EXPANSION} times its size: no text does")
+        if total > start:
+            yield data[max(0, start - total + len(data)) :]
+    if suffix in _COMPRESSIONS and not file.tell():
+        raise BrokenFileError("empty file where an archive should be")
+
+
+def whole_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a file without their line breaks; of one that breaks, those that are whole."""
+    rest = bytearray()
+    for data in pieces:
+        first, *more = data.split(b"\n")
+        rest += first
+        for following in more:
+            yield bytes(rest).removesuffix(b"\r")
+            rest = bytearray(following)
+    if rest:
+        yield bytes(rest)
 
 
 def _plain(file: BinaryIO) -> Iterator[bytes]:

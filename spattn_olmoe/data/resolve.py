@@ -75,7 +75,7 @@ class Plan:
                     "field": s.field,
                     "separator": s.separator,
                     "weight": s.weight,
-                    **{k: v for k, v in source.origin.items() if k in ("hub", "name", "split", "revision")},
+                    **{k: v for k, v in source.origin.items() if k in ("hub", "name", "split", "revision", "kind")},
                     "listing": listing(source.files),
                     "files": [[source.files[i].name, source.files[i].size] for i in order],
                 }

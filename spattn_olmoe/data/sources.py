@@ -10,8 +10,9 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 import zstandard
@@ -19,8 +20,11 @@ import zstandard
 from ..files import matching
 from .chunks import BrokenFileError, Chunk, Position
 from .config import SourceConfig
-from .readers import cells, file_kind, group_rows, read_file
+from .readers import cells, file_kind, group_rows, read_file, read_pieces, unpack, whole_lines
 from .tokenizer import sha256
+
+if TYPE_CHECKING:
+    import datasets
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Source(Protocol):
 def open_source(config: SourceConfig, index: int, *, max_document_bytes: int) -> Source:
     """:raises ValueError: nothing to read, or no permission to."""
     if config.hub:
-        return HubSource(config, index)
+        return HubSource(config, index, max_document_bytes=max_document_bytes)
     return LocalSource(config, index, max_document_bytes=max_document_bytes)
 
 
@@ -117,18 +121,20 @@ def _expand(patterns: list[str], key: str) -> list[Path]:
 
 
 class HubSource:
-    """A hub dataset, streamed: each of its files is one shard of ``datasets``' iterable dataset.
+    """A hub dataset, streamed.
 
-    JSON lines are streamed as lines, by ``datasets``' text builder, and parsed like those of local files: its JSON
-    builder gives up on the rest of a file at the first malformed line, and where two lines' other keys differ in type.
-    Other kinds go through the builder that the dataset asks for; there a file that breaks is one entry of the rejects.
+    ``datasets`` finds and opens its files. JSON lines and text are then decompressed and parsed like those of local
+    files: its JSON builder gives up on the rest of a file at the first malformed line, and where two lines' other keys
+    differ in type; its text builder makes a document of every line; and both take a truncated zstd archive for a whole
+    one. Other kinds go through the builder that the dataset asks for, each file one shard of its iterable dataset; there
+    a file that breaks is one entry of the rejects.
     """
 
-    def __init__(self, config: SourceConfig, index: int):
+    def __init__(self, config: SourceConfig, index: int, *, max_document_bytes: int):
         import datasets
         from datasets.packaged_modules.text.text import Text
 
-        self._field = config.field
+        self._field, self._separator, self._max_document_bytes = config.field, config.separator, max_document_bytes
         self._what = f"sources[{index}].hub={config.hub!r}"
         try:
             builder = datasets.load_dataset_builder(
@@ -140,22 +146,19 @@ class HubSource:
         if names is None:
             known = ", ".join(map(str, builder.config.data_files or {}))
             raise ValueError(f"sources[{index}].split={config.split!r}: {config.hub} has {known}")
-        try:
-            self._lines = all(_is_jsonl(str(name)) for name in names)
-            if self._lines:
-                # as Latin-1 every line survives, byte by byte, whether it is UTF-8 or not
-                builder = Text(
-                    dataset_name=builder.dataset_name, data_files=builder.config.data_files, encoding="latin-1"
-                )
-            self._stream = builder.as_streaming_dataset(split=config.split)
-        except Exception as error:
-            raise self._unreachable(error) from error
-        if self._stream.num_shards != len(names):
-            raise ValueError(
-                f"{self._what}: {len(names)} files but {self._stream.num_shards} shards: cannot resume in it"
-            )
-        local = Path(str(config.hub)).is_dir()
         self._names = [str(name) for name in names]
+        if all(map(_is_jsonl, self._names)):
+            self._kind = "jsonl"
+        elif isinstance(builder, Text):
+            self._kind = "text"
+            if other := next((name for name in self._names if file_kind(_path(name)) != "text"), None):
+                raise ValueError(
+                    f"sources[{index}].data_files: {other} is no .txt, as other files are; choose those of one kind"
+                )
+        else:
+            self._kind = "rows"
+            self._stream = self._streamed(builder, config.split)
+        local = Path(str(config.hub)).is_dir()
         shared = os.path.commonpath([os.path.dirname(name) for name in self._names]) if local else ""
         self.files = [
             SourceFile(os.path.relpath(name, shared) if local else name, os.path.getsize(name) if local else None)
@@ -168,11 +171,44 @@ class HubSource:
             "data_files": list(config.data_files),
             "revision": None if local else _revision(self._names, config.revision),
         }
+        if self._kind == "text":  # earlier versions made a document of every line: their work cannot be continued
+            self.origin["kind"] = "text"
 
     def read(self, index: int, start: Position) -> Iterator[Chunk]:
         """Chunks of a file from a position on."""
-        kind = "jsonl" if self._lines else "rows"
-        return group_rows(self._rows(index, start.offset), self.files[index].name, start, kind)
+        name, pieces = self.files[index].name, partial(self._pieces, index)
+        if self._kind == "text":
+            return read_pieces(
+                pieces, "text", name, start, separator=self._separator, max_document_bytes=self._max_document_bytes
+            )
+        if self._kind == "rows":
+            return group_rows(self._rows(index, start.offset), name, start)
+        lines = whole_lines(data for data, _share in pieces(0))
+        return group_rows(((line, 0.0) for line in itertools.islice(lines, start.offset, None)), name, start, "jsonl")
+
+    def _streamed(self, builder: datasets.DatasetBuilder, split: str) -> datasets.IterableDataset:
+        try:
+            stream = builder.as_streaming_dataset(split=split)
+        except Exception as error:
+            raise self._unreachable(error) from error
+        if stream.num_shards != len(self._names):
+            raise ValueError(
+                f"{self._what}: {len(self._names)} files but {stream.num_shards} shards: cannot resume in it"
+            )
+        return stream
+
+    def _pieces(self, index: int, start: int) -> Iterator[tuple[bytes, float]]:
+        """The bytes of a file; how much of it they are is not known."""
+        from datasets.utils.file_utils import xopen
+
+        name = self._names[index]
+        try:
+            with xopen(name, "rb") as file:
+                yield from ((data, 0.0) for data in unpack(file, _path(name).suffix, start))
+        except BrokenFileError:
+            raise
+        except Exception as error:
+            raise self._sorted_out(error) from error
 
     def _rows(self, index: int, start: int) -> Iterator[tuple[bytes | None, float]]:
         one_file = self._stream.shard(num_shards=len(self.files), index=index)
@@ -191,8 +227,6 @@ class HubSource:
                     yield cell, 0.0
 
     def _cells(self, table: pa.Table) -> list[bytes | None]:
-        if self._lines:
-            return [line.encode("latin-1") for line in table.column("text").to_pylist()]
         if self._field not in table.column_names:
             raise BrokenFileError(f"no column {self._field!r} (has {', '.join(table.column_names)})")
         return cells(table.column(self._field), self._field)
@@ -216,8 +250,13 @@ class HubSource:
 
 def _is_jsonl(name: str) -> bool:
     """Whether a hub dataset's file is JSON lines by its name; ``.json`` there may be one array, which its builder knows."""
-    path = Path(name.split("?")[0])
+    path = _path(name)
     return file_kind(path) == "jsonl" and ".json" not in path.suffixes[-2:]
+
+
+def _path(name: str) -> Path:
+    """What a hub dataset's file is called, for its ending."""
+    return Path(name.split("?")[0])
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

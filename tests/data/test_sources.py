@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -66,6 +67,31 @@ def test_text_files_are_split_at_a_separator(
     (tmp_path / "all.txt").write_text("\n<|doc|>\n".join(texts) + "\n<|doc|>\n", encoding="utf-8", newline="")
     source = SourceConfig(paths=[str(tmp_path / "all.txt")], separator="<|doc|>")
     assert read_ids(prepare(make_config(sources=[source])).train_paths) == encode(texts)
+
+
+@pytest.mark.parametrize("separator", [None, "<|doc|>"])
+@pytest.mark.parametrize("ending", ["txt", "txt.zst"])
+def test_text_files_of_the_hub_are_documents_as_local_ones_are(
+    ending: str, separator: str | None, make_config: Make, encode: Encode, tmp_path: Path
+) -> None:
+    texts = [f"story {i}, its first line\nand its second" for i in range(40)]
+    content = (f"\n{separator}\n" if separator else "\n").join(texts).encode()
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / f"a.{ending}").write_bytes(
+        zstandard.ZstdCompressor().compress(content) if ending == "txt.zst" else content
+    )
+    source = SourceConfig(hub=str(tmp_path / "hub"), separator=separator)
+    manifest = prepare(make_config(sources=[source]))
+    assert read_ids(manifest.train_paths) == encode(texts if separator else [content.decode()])
+
+
+def test_what_else_the_hub_would_give_line_by_line_is_refused(make_config: Make, tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "c.txt.bz2"):
+        (tmp_path / name).write_bytes(b"two lines\nof a document")
+    source = SourceConfig(hub="text", data_files=[str(tmp_path / "*.*")])
+    with pytest.raises(ValueError, match=r"sources\[0\]\.data_files: .*c\.txt\.bz2 is no \.txt") as error:
+        prepare(make_config(sources=[source]))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
@@ -222,10 +248,13 @@ def test_a_line_too_long_for_memory_is_skipped_without_being_held(
     assert [(r["number"], r["reason"]) for r in rejects(manifest.directory)] == [(51, "longer than 400000 bytes")]
 
 
-@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "parquet"])
-@pytest.mark.parametrize("damage", ["truncated", "corrupt", "other kind"])
+@pytest.mark.parametrize(
+    ("hub", "kind"),
+    [(False, "jsonl.gz"), (False, "jsonl.zst"), (False, "parquet"), (True, "jsonl.gz"), (True, "jsonl.zst")],
+)
+@pytest.mark.parametrize("damage", ["truncated", "corrupt", "other kind", "empty"])
 def test_a_damaged_archive_is_rejected_and_the_other_files_are_read(
-    kind: str, damage: str, documents: list[str], make_config: Make, encode: Encode, tmp_path: Path
+    hub: bool, kind: str, damage: str, documents: list[str], make_config: Make, encode: Encode, tmp_path: Path
 ) -> None:
     path = write_as(kind, tmp_path / "1", documents[:120])
     whole = path.read_bytes()
@@ -234,10 +263,16 @@ def test_a_damaged_archive_is_rejected_and_the_other_files_are_read(
         "truncated": whole[:middle],
         "corrupt": whole[:middle] + bytes(b ^ 0xA5 for b in whole[middle : middle + 64]) + whole[middle + 64 :],
         "other kind": b"this is no archive at all, whatever its name says\n" * 10,
+        "empty": b"",  # as a failed download leaves it
     }
     path.write_bytes(damaged[damage])
     sound = write_as(kind, tmp_path / "2", documents[120:])
-    manifest = prepare(make_config(path, sound, shuffle_files=False, max_reject_share=0.5))
+    options: dict[str, Any] = {"shuffle_files": False, "max_reject_share": 0.5}
+    if hub:
+        source = SourceConfig(hub=str(tmp_path), data_files=[f"{i}/a.{kind}" for i in (1, 2)])
+        manifest = prepare(make_config(sources=[source], **options))
+    else:
+        manifest = prepare(make_config(path, sound, **options))
     ids, end = read_ids(manifest.train_paths), encode(documents[120:])
     assert ids[len(ids) - len(end) :] == end
     # whatever came through of the damaged file are its first documents, whole; only gzip's checksum stands at its very
@@ -247,7 +282,7 @@ def test_a_damaged_archive_is_rejected_and_the_other_files_are_read(
         assert ids[: len(ids) - len(end)] == encode(documents[:through])
     found = rejects(manifest.directory)
     assert {reject["file"] for reject in found} == {path.relative_to(tmp_path).as_posix()}
-    assert any(word in found[-1]["reason"] for word in ("gzip", "zstd", "Parquet")), found
+    assert any(word in found[-1]["reason"] for word in ("gzip", "zstd", "Parquet", "archive")), found
     assert manifest.sources[0]["broken_files"] == 1
 
 
