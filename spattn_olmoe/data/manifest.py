@@ -195,7 +195,7 @@ def verify(
             )
     if not manifest.train_paths:
         raise ValueError(f"{manifest.directory}: expected training shards, found none in {NAME}; {_PREPARE} again")
-    _check_tokenizer(manifest, hashes)
+    _check_tokenizer(manifest)
     for shard in manifest.shards:
         _check_shard(manifest, shard, hashes)
     if sequence_length is not None:
@@ -217,11 +217,11 @@ def verify_shard(manifest: Manifest, shard: Shard) -> None:
     _check_shard(manifest, shard, hashes=True)
 
 
-def _check_tokenizer(manifest: Manifest, hashes: bool) -> None:
+def _check_tokenizer(manifest: Manifest) -> None:
     path = manifest.tokenizer_path
     if not path.is_file():
         raise ValueError(f"{path}: expected the corpus's tokenizer, found no such file; {_PREPARE} again")
-    if hashes and (found := hash_file(path).hexdigest()) != manifest.tokenizer.sha256:
+    if (found := hash_file(path).hexdigest()) != manifest.tokenizer.sha256:
         raise ValueError(f"{path}: expected SHA-256 {manifest.tokenizer.sha256}, found {found}; {_PREPARE} again")
 
 

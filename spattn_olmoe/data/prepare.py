@@ -36,7 +36,7 @@ from .encode import SPLITS, Encoded, start_worker, work
 from .manifest import Manifest, verify
 from .mixture import LAG, Mixture
 from .progress import Progress, same_options
-from .resolve import Plan, make_plan
+from .resolve import Plan, make_plan, place_tokenizer
 from .writer import ShardWriter
 
 log = logging.getLogger(__name__)
@@ -78,11 +78,13 @@ def _prepare(config: DataConfig, report: Report) -> Manifest:
         if (plan.folder / manifest_module.NAME).exists():
             same_options(plan.folder, Manifest.load(plan.folder).options, plan.options)
             (plan.folder / progress_module.NAME).unlink(missing_ok=True)
+            place_tokenizer(plan)
             log.info("%s: complete already", plan.folder)
             return verify(plan.folder)
         progress = Progress.load(plan.folder, plan.options, len(plan.sources))
         if not (plan.folder / progress_module.NAME).exists():
             _refuse_foreign_shards(plan.folder)
+        place_tokenizer(plan)
         return _Run(plan, progress, report).finish()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..files import replace_file
+from . import manifest, progress
 from .chunks import CHUNK_BYTES, CHUNK_DOCUMENTS, Position, Reject
 from .config import DataConfig, parse_part
 from .documents import texts
@@ -24,6 +25,7 @@ from .tokenizer import (
     EOS,
     PAD,
     check_unforgeable,
+    file_bytes,
     find_tokenizer,
     parse_tokenizer,
     sha256,
@@ -56,7 +58,8 @@ class Plan:
         c = self.config
         return {
             "tokenizer": {
-                k: v for k, v in dataclasses.asdict(self.tokenizer).items() if k not in ("identifier", "origin")
+                **{k: v for k, v in dataclasses.asdict(self.tokenizer).items() if k not in ("identifier", "origin")},
+                **({} if c.tokenizer.train_vocab_size is None else {"train_bytes": c.tokenizer.train_bytes}),
             },
             "dtype": self.settings.dtype,
             "shard_bytes": c.shard_bytes,
@@ -106,10 +109,8 @@ def make_plan(config: DataConfig) -> Plan:
             )
         orders.append(reading_order(source.files, config.seed if config.shuffle_files else None, part, n_parts))
     make_folder(folder)
-    data, origin = _tokenizer_bytes(config, sources)
+    data, origin = _tokenizer_bytes(config, folder, sources)
     record, dtype = _describe_tokenizer(config, data, origin)
-    if not (folder / TOKENIZER_FILE).is_file():
-        replace_file(folder / TOKENIZER_FILE, data)
     settings = Settings(
         tokenizer=data,
         eos_token_id=record.eos_token_id,
@@ -123,6 +124,20 @@ def make_plan(config: DataConfig) -> Plan:
     return Plan(config, folder, sources, orders, record, settings, share)
 
 
+def place_tokenizer(plan: Plan) -> None:
+    """Put the tokenizer beside the shards.
+
+    :raises ValueError: another one is there: the shards would be decoded with it.
+    """
+    path, data = plan.folder / TOKENIZER_FILE, plan.settings.tokenizer
+    if not path.exists():
+        replace_file(path, data)
+    elif path.read_bytes() != data:
+        raise ValueError(
+            f"{path}: is another tokenizer than this run's ({plan.tokenizer.identifier}); delete it or choose another output"
+        )
+
+
 def make_folder(folder: Path) -> None:
     """:raises ValueError: it cannot be made or written to."""
     try:
@@ -133,18 +148,19 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"output: {folder}: no permission to write in it")
 
 
-def _tokenizer_bytes(config: DataConfig, sources: list[Source]) -> tuple[bytes, str]:
+def _tokenizer_bytes(config: DataConfig, folder: Path, sources: list[Source]) -> tuple[bytes, str]:
     if config.tokenizer.train_vocab_size is None:
         return find_tokenizer(config.tokenizer)
-    path = Path(config.output) / TOKENIZER_FILE
-    if not path.is_file():
-        if parse_part(config.part)[1] > 1:
-            raise ValueError(
-                "tokenizer.train_vocab_size: cannot be used with parts, each machine would train on its own; train "
-                "one first on a small corpus and give its tokenizer.json as tokenizer.identifier"
-            )
-        train_tokenizer(_training_texts(config, sources), config.tokenizer.train_vocab_size, path)
-    return path.read_bytes(), "trained"
+    if parse_part(config.part)[1] > 1:
+        raise ValueError(
+            "tokenizer.train_vocab_size: cannot be used with parts, each machine would train on its own; train "
+            "one first on a small corpus and give its tokenizer.json as tokenizer.identifier"
+        )
+    path = folder / TOKENIZER_FILE
+    # only beside work whose options say what it was trained on; one by itself may be of other sources
+    if path.is_file() and any((folder / name).exists() for name in (manifest.NAME, progress.NAME)):
+        return path.read_bytes(), "trained"
+    return file_bytes(train_tokenizer(_training_texts(config, sources), config.tokenizer.train_vocab_size)), "trained"
 
 
 def _training_texts(config: DataConfig, sources: list[Source]) -> Iterator[str]:

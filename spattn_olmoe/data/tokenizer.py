@@ -20,14 +20,15 @@ EOS, PAD = "<|endoftext|>", "<|padding|>"
 
 
 def train_tokenizer(
-    corpus: Iterable[str] | Iterable[os.PathLike[str]], vocab_size: int, path: str | os.PathLike[str]
+    corpus: Iterable[str] | Iterable[os.PathLike[str]], vocab_size: int, path: str | os.PathLike[str] | None = None
 ) -> Tokenizer:
-    """Train a byte-level BPE with ``<|endoftext|>`` (id 0) and ``<|padding|>`` (id 1), and save it.
+    """Train a byte-level BPE with ``<|endoftext|>`` (id 0) and ``<|padding|>`` (id 1).
 
     The same texts in the same order give the same file, byte for byte.
 
     :param corpus: texts as strings, or text files as :class:`pathlib.Path`.
     :param vocab_size: ids in all, special tokens and the 256 bytes included.
+    :param path: where to save it, as :func:`file_bytes` has it.
     :raises ValueError: too small a vocabulary, or too little text to fill it.
     """
     if vocab_size < 258:
@@ -49,9 +50,15 @@ def train_tokenizer(
         raise ValueError(
             f"tokenizer.train_vocab_size={vocab_size}: the text yields only {found}; give more text or ask for fewer"
         )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    replace_file(Path(path), tokenizer.to_str(pretty=True).encode())
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        replace_file(Path(path), file_bytes(tokenizer))
     return tokenizer
+
+
+def file_bytes(tokenizer: Tokenizer) -> bytes:
+    """The ``tokenizer.json`` of a trained tokenizer."""
+    return tokenizer.to_str(pretty=True).encode()
 
 
 def _texts(corpus: Iterable[str] | Iterable[os.PathLike[str]]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from olmo_core.data import NumpyFSLDataset
 from olmo_core.data.types import NumpyUIntTypes
 from tokenizers import Tokenizer
 
-from spattn_olmoe.data import DataConfig, Manifest, SourceConfig, prepare, verify
+from spattn_olmoe.data import DataConfig, Manifest, SourceConfig, prepare, train_tokenizer, verify
 from spattn_olmoe.data.inspection import decode, document, histogram
 from spattn_olmoe.data.parts import merge
 from spattn_olmoe.data.summary import warnings
@@ -141,6 +141,12 @@ def test_damaged_shards_are_refused(shards: Path, damage: Callable, hashes: bool
     damage(shards / "train-00001.bin")
     with pytest.raises(ValueError, match=rf"train-00001\.bin: expected .*{words.removeprefix('expected ')}"):
         verify(shards, hashes=hashes)
+
+
+def test_a_tokenizer_that_was_replaced_is_seen_without_hashes(shards: Path, documents: list[str]) -> None:
+    train_tokenizer(documents[:120], 600, shards / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: expected SHA-256"):
+        verify(shards)
 
 
 def test_damage_in_the_middle_is_only_seen_with_hashes(shards: Path) -> None:

@@ -11,7 +11,7 @@ from corpora import ROOT, read_ids, write_jsonl
 from tokenizers import Tokenizer
 
 from spattn_olmoe.data import DataConfig, TokenizerSection, prepare, train_tokenizer
-from spattn_olmoe.data.tokenizer import find_tokenizer, parse_tokenizer, vocab_size
+from spattn_olmoe.data.tokenizer import find_tokenizer, parse_tokenizer, sha256, vocab_size
 
 NEOX = "allenai/gpt-neox-olmo-dolma-v1_5"
 Make = Callable[..., DataConfig]
@@ -121,4 +121,50 @@ def test_a_tokenizer_is_trained_on_the_sources(documents: list[str], make_config
     assert prepare(config).tokenizer == manifest.tokenizer
     config.tokenizer.train_vocab_size = 501
     with pytest.raises(ValueError, match=r"expected 501, found 500"):
+        prepare(config)
+    config.tokenizer = TokenizerSection(train_vocab_size=500, train_bytes=2**20)
+    with pytest.raises(ValueError, match=r"tokenizer.train_bytes: expected 1048576, found 67108864"):
+        prepare(config)
+
+
+def test_an_earlier_versions_trained_tokenizer_is_taken_as_it_is(
+    documents: list[str], make_config: Make, tmp_path: Path
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", documents)
+    config = make_config(path, tokenizer=TokenizerSection(train_vocab_size=500))
+    manifest = prepare(config)
+    del manifest.options["tokenizer"]["train_bytes"]  # which it did not write down
+    manifest.save()
+    assert prepare(config) == manifest
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_another_tokenizer_is_not_left_beside_new_shards(
+    trained: bool, documents: list[str], make_config: Make, tmp_path: Path
+) -> None:
+    if trained:
+        first = second = TokenizerSection(train_vocab_size=500)
+    else:
+        for name in ("first", "second"):
+            train_tokenizer(documents[:100] if name == "first" else documents[100:], 500, tmp_path / f"{name}.json")
+        first, second = (TokenizerSection(identifier=str(tmp_path / f"{name}.json")) for name in ("first", "second"))
+    prepare(make_config(write_jsonl(tmp_path / "a.jsonl", documents[:100]), tokenizer=first))
+    for path in (tmp_path / "out").iterdir():
+        if path.name != "tokenizer.json":
+            path.unlink()
+    other = make_config(write_jsonl(tmp_path / "b.jsonl", documents[100:]), tokenizer=second)
+    with pytest.raises(ValueError, match=r"out/tokenizer\.json: is another tokenizer .* delete it or choose") as error:
+        prepare(other)
+    assert "\n" not in str(error.value)
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    manifest = prepare(other)
+    assert sha256((tmp_path / "out" / "tokenizer.json").read_bytes()) == manifest.tokenizer.sha256
+
+
+def test_a_tokenizer_is_not_trained_part_by_part(documents: list[str], make_config: Make, tmp_path: Path) -> None:
+    train_tokenizer(documents, 500, tmp_path / "out" / "tokenizer.json")
+    for i in range(2):
+        write_jsonl(tmp_path / f"{i}.jsonl", documents)
+    config = make_config(tmp_path / "*.jsonl", tokenizer=TokenizerSection(train_vocab_size=500), part="0/2")
+    with pytest.raises(ValueError, match=r"train_vocab_size: cannot be used with parts"):
         prepare(config)
