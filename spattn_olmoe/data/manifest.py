@@ -14,6 +14,7 @@ import numpy as np
 
 from ..files import hash_file, inside, replace_file
 from ..json_files import check_shape, read_json
+from .tokenizer import same_ids
 from .writer import Shard
 
 log = logging.getLogger(__name__)
@@ -167,6 +168,7 @@ def verify(
     vocab_size: int | None = None,
     eos_token_id: int | None = None,
     dtype: str | None = None,
+    tokenizer: Path | None = None,
     sequence_length: int | None = None,
     hashes: bool = False,
 ) -> Manifest:
@@ -175,16 +177,17 @@ def verify(
     :param vocab_size: the tokenizer's number of ids (``dataset.tokenizer.vocab_size``, not the model's padded one).
     :param eos_token_id: the id after each document.
     :param dtype: ``uint16`` or ``uint32``.
+    :param tokenizer: the ``tokenizer.json`` of a model or of other shards: the ids must stand for the same tokens, which
+        their number does not tell.
     :param sequence_length: the run's; the training split must hold at least one sequence in one shard.
     :param hashes: read every byte: compare each shard's SHA-256 and look at every id. Without it sizes are compared
         and the first and last ids of each shard looked at.
     :raises ValueError: the first thing that does not match: what, expected, found and remedy in one line.
     """
     manifest = Manifest.load(directory)
-    tokenizer = manifest.tokenizer
     expectations = [
-        ("tokenizer.vocab_size", vocab_size, tokenizer.vocab_size),
-        ("tokenizer.eos_token_id", eos_token_id, tokenizer.eos_token_id),
+        ("tokenizer.vocab_size", vocab_size, manifest.tokenizer.vocab_size),
+        ("tokenizer.eos_token_id", eos_token_id, manifest.tokenizer.eos_token_id),
         ("dtype", dtype, manifest.dtype),
     ]
     for key, expected, found in expectations:
@@ -196,6 +199,11 @@ def verify(
     if not manifest.train_paths:
         raise ValueError(f"{manifest.directory}: expected training shards, found none in {NAME}; {_PREPARE} again")
     _check_tokenizer(manifest)
+    if tokenizer is not None and not same_ids(manifest.tokenizer_path, tokenizer):
+        raise ValueError(
+            f"{manifest.directory}: its shards were made with another tokenizer than that of {tokenizer.parent}; "
+            f"prepare the corpus with tokenizer.identifier={tokenizer}"
+        )
     for shard in manifest.shards:
         _check_shard(manifest, shard, hashes)
     if sequence_length is not None:

@@ -130,6 +130,20 @@ def vocab_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
+def same_ids(a: Path, b: Path) -> bool:
+    """Whether two files of tokenizers give all tokens the same ids. A copy by another library may differ in its bytes.
+
+    :raises ValueError: one of them is no tokenizer.
+    """
+    first, second = _read(a), _read(b)
+    if first == second:
+        return True
+    vocabularies = [
+        parse_tokenizer(data, str(path)).get_vocab(with_added_tokens=True) for data, path in ((first, a), (second, b))
+    ]
+    return vocabularies[0] == vocabularies[1]
+
+
 def sha256(data: bytes) -> str:
     """The SHA-256 of bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()

@@ -18,7 +18,7 @@ import torch
 
 from .. import ranks
 from ..data.manifest import Manifest, verify
-from ..model.checkpoint import Checkpoint
+from ..model.checkpoint import TOKENIZER_FILE, Checkpoint
 from ..tables import FIRST_CONTEXT, context_label, interval, p_value, plus_minus, table
 from ..text import inlined
 from . import statistics
@@ -55,9 +55,14 @@ class HeldOut:
         length = length or checkpoint.sequence_length
         if length < 2:
             raise ValueError(f"max_length={length}: a loss needs sequences of at least 2 tokens")
-        tokenizer = checkpoint.config["dataset"]["tokenizer"]
+        tokenizer, own = checkpoint.config["dataset"]["tokenizer"], Path(checkpoint.path) / TOKENIZER_FILE
         directory = Path(data) if data is not None else _own_data(checkpoint)
-        manifest = verify(directory, vocab_size=tokenizer["vocab_size"], eos_token_id=tokenizer["eos_token_id"])
+        manifest = verify(
+            directory,
+            vocab_size=tokenizer["vocab_size"],
+            eos_token_id=tokenizer["eos_token_id"],
+            tokenizer=own if own.is_file() else None,
+        )
         parts = [_sequences(path, manifest, length) for path in manifest.validation_paths]
         ids = np.concatenate(parts) if parts else np.empty((0, length), dtype=np.int64)
         if not len(ids):

@@ -71,8 +71,12 @@ def _folders(files: Iterable[str]) -> list[Path]:
 
 
 def check_data(config: ExperimentConfig) -> None:
-    """Raise unless the data, held-out data too, are there and agree with the config, as far as sizes and a few ids tell."""
+    """Raise unless the data, held-out data too, are there and agree with the config, as far as sizes and a few ids tell.
+
+    All must be of one tokenizer, that of the first folder, which checkpoints carry.
+    """
     T = config.sequence_length
+    tokenizer: Path | None = None
     verified: set[Path] = set()
     for key, dataset, length in [
         ("dataset", config.dataset, T),
@@ -81,13 +85,15 @@ def check_data(config: ExperimentConfig) -> None:
         for folder in _folders(data_files(dataset, key)):
             if folder in verified and dataset.tokenizer == config.dataset.tokenizer:
                 continue
-            verify(
+            manifest = verify(
                 folder,
                 vocab_size=dataset.tokenizer.vocab_size,
                 eos_token_id=dataset.tokenizer.eos_token_id,
                 dtype=np.dtype(dataset.get_dtype()).name,
+                tokenizer=tokenizer,
                 sequence_length=length,
             )
+            tokenizer = tokenizer or manifest.tokenizer_path
             verified.add(folder)
     _check_batch(config)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ from olmo_core.data import NumpyFSLDataset
 from olmo_core.data.types import NumpyUIntTypes
 from tokenizers import Tokenizer
 
+from benchmarks.tiny import tiny, write_data
 from spattn_olmoe.data import DataConfig, Manifest, SourceConfig, prepare, train_tokenizer, verify
 from spattn_olmoe.data.inspection import decode, document, histogram
 from spattn_olmoe.data.parts import merge
 from spattn_olmoe.data.summary import warnings
+from spattn_olmoe.data.tokenizer import sha256
+from spattn_olmoe.train.shards import check_data
 
 Make = Callable[..., DataConfig]
 Encode = Callable[..., list[int]]
@@ -147,6 +151,39 @@ def test_a_tokenizer_that_was_replaced_is_seen_without_hashes(shards: Path, docu
     train_tokenizer(documents[:120], 600, shards / "tokenizer.json")
     with pytest.raises(ValueError, match=r"tokenizer\.json: expected SHA-256"):
         verify(shards)
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(prepared: Path, documents: list[str], tmp_path: Path) -> None:
+    own, other, copied = prepared / "tokenizer.json", tmp_path / "other" / "tokenizer.json", tmp_path / "copied.json"
+    train_tokenizer(documents[:100], 600, other)
+    copied.write_text(json.dumps(json.loads(own.read_bytes())))  # other bytes, the same ids
+    for tokenizer in (own, copied):
+        verify(prepared, vocab_size=600, eos_token_id=0, tokenizer=tokenizer)
+    with pytest.raises(ValueError) as error:
+        verify(prepared, vocab_size=600, eos_token_id=0, tokenizer=other)
+    assert all(str(folder) in str(error.value) for folder in (prepared, other.parent)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_data_of_a_run_are_of_one_tokenizer(held_out: bool, tmp_path: Path) -> None:
+    first, second = write_data(tmp_path / "a"), write_data(tmp_path / "b", seed=1)
+    paths = [f"{first}/train-*.bin", f"{second}/train-*.bin"]
+    key = "trainer.callbacks.lm_evaluator"
+    overrides = [f"dataset.paths=[{', '.join(paths[: 1 if held_out else 2])}]"]
+    if held_out:
+        overrides += [
+            f"{key}.enabled=true",
+            f"{key}.eval_dataset.paths=[{paths[1]}]",
+            f"{key}.eval_dataset.dtype=uint16",
+        ]
+    check_data(tiny(*overrides))
+    words = (second / "tokenizer.json").read_text().replace('"w5"', '"other"')
+    (second / "tokenizer.json").write_text(words)
+    manifest = Manifest.load(second)
+    replace(manifest, tokenizer=replace(manifest.tokenizer, sha256=sha256(words.encode()))).save()
+    with pytest.raises(ValueError, match=rf"{second}: .*another tokenizer than that of {first}; prepare") as error:
+        check_data(tiny(*overrides))
+    assert "\n" not in str(error.value)
 
 
 def test_damage_in_the_middle_is_only_seen_with_hashes(shards: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from spattn_olmoe.data import Manifest
 from spattn_olmoe.evaluation import loss
 from spattn_olmoe.evaluation.repeats import repeat_distances
+from spattn_olmoe.files import hash_file
 from spattn_olmoe.json_files import to_json
 from spattn_olmoe.model.checkpoint import Checkpoint
 
@@ -29,6 +32,21 @@ def test_losses_are_the_models_own_for_any_batch_size(checkpoint_of, held_out_da
         logprobs = module.model_forward(torch.from_numpy(ids)[None])[0].log_softmax(-1)
         expected = [-float(logprobs[i, ids[i + 1]]) for i in range(31)]
         assert row == pytest.approx(expected, abs=1e-5)
+
+
+def test_data_of_another_tokenizer_are_refused_whatever_its_size(checkpoint_of, held_out_data, tmp_path):
+    checkpoint, other = Checkpoint.open(checkpoint_of("standard")), tmp_path / "data"
+    shutil.copytree(held_out_data, other)
+    content = json.loads((other / "tokenizer.json").read_bytes())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    manifest = Manifest.load(other)
+    stated = replace(manifest.tokenizer, sha256=hash_file(other / "tokenizer.json").hexdigest())
+    replace(manifest, tokenizer=stated).save()
+    loss.HeldOut.read(checkpoint, held_out_data)
+    with pytest.raises(ValueError, match=rf"{other}: .*another tokenizer than that of {checkpoint.path}; prepare"):
+        loss.HeldOut.read(checkpoint, other)
 
 
 def test_sequences_may_be_longer_than_in_training(checkpoint_of, held_out_data):
