@@ -48,6 +48,8 @@ class Chunk:
     """What the reader itself found wrong before ``end``."""
     share: float = 0.0
     """How much of the file is read, from 0 to 1."""
+    broken: bool = False
+    """Whether what follows ``end`` in the file, nobody knows how much, cannot be read."""
 
 
 class BrokenFileError(Exception):

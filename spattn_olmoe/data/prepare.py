@@ -204,7 +204,7 @@ class _Run:
         counts.documents += sum(map(len, lengths.values()))
         counts.text_bytes += encoded.text_bytes
         counts.rejects += sum(reject.documents for reject in encoded.rejects)
-        counts.broken_files += len(chunk.rejects)
+        counts.broken_files += chunk.broken
         self._move_on(source, chunk)
         self._between_chunks = True
         self.full = self._tokens_left() == 0

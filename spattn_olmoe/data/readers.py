@@ -127,7 +127,8 @@ def _delimited(
             begin = delimiter.last_end(buffer, CHUNK_BYTES)
             payload = bytes(buffer[:begin])
             first, position = position.number + 1, _after(position, payload, delimiter)
-            skipped = _skip_document(buffer[begin:], source, buffer, delimiter)
+            skipped, broken = _skip_document(buffer[begin:], source, buffer, delimiter)
+            ended = broken is not None
             reject = Reject(name, position.number + 1, f"longer than {longest} bytes")
             position = Position(position.offset + skipped, position.number + 1)
             yield Chunk(kind, payload, name, first, position, rejects=(reject,), share=share)
@@ -136,10 +137,10 @@ def _delimited(
 
 def _skip_document(
     seen: bytearray, source: Iterator[tuple[bytes, float]], buffer: bytearray, delimiter: Delimiter
-) -> int:
+) -> tuple[int, str | None]:
     """Read past the end of an overlong document without keeping it; leave what follows in ``buffer``.
 
-    :returns: the document's bytes, delimiter included.
+    :returns: the document's bytes, delimiter included, and why the file cannot be read to its end, where that is so.
     """
     tail, skipped = bytes(seen), 0
     while (end := delimiter.end(tail, 0, len(tail))) is None:
@@ -147,12 +148,12 @@ def _skip_document(
         skipped += len(tail) - len(kept)
         try:
             data, _share = next(source)
-        except (StopIteration, BrokenFileError):
+        except (StopIteration, BrokenFileError) as error:
             buffer.clear()
-            return skipped + len(kept)
+            return skipped + len(kept), str(error) if isinstance(error, BrokenFileError) else None
         tail = kept + data
     buffer[:] = tail[end:]
-    return skipped + end
+    return skipped + end, None
 
 
 def _chunk_end(buffer: bytearray, delimiter: Delimiter, longest: int) -> int | None:
@@ -176,7 +177,7 @@ def _rest(
     first, end = position.number + 1, _after(position, payload, delimiter)
     rejects = () if broken is None else (Reject(name, end.number + 1, broken),)
     if payload or rejects:
-        yield Chunk(kind, payload, name, first, end, rejects=rejects, share=1.0)
+        yield Chunk(kind, payload, name, first, end, rejects=rejects, share=1.0, broken=broken is not None)
 
 
 def _whole(pieces: Pieces, name: str, start: Position, max_document_bytes: int) -> Iterator[Chunk]:
@@ -184,7 +185,7 @@ def _whole(pieces: Pieces, name: str, start: Position, max_document_bytes: int) 
     if start.number:
         return
     parts: list[bytes] = []
-    size, reason = 0, None
+    size, reason, broken = 0, None, False
     try:
         for data, _share in pieces(0):
             parts.append(data)
@@ -193,10 +194,10 @@ def _whole(pieces: Pieces, name: str, start: Position, max_document_bytes: int) 
                 reason = f"longer than {max_document_bytes} bytes; is a separator: wanted?"
                 break
     except BrokenFileError as error:
-        reason = str(error)
+        reason, broken = str(error), True
     end = Position(max(1, size), 1)
     if reason is not None:
-        yield Chunk("rows", [], name, 1, end, rejects=(Reject(name, 1, reason),), share=1.0)
+        yield Chunk("rows", [], name, 1, end, rejects=(Reject(name, 1, reason),), share=1.0, broken=broken)
     else:
         yield Chunk("rows", [b"".join(parts)], name, 1, end, share=1.0)
 
@@ -363,7 +364,7 @@ def group_rows(
     first, position = position.number + 1, _rows_after(position, len(gathered))
     rejects = () if broken is None else (Reject(name, position.number + 1, broken),)
     if gathered or rejects:
-        yield Chunk(kind, gathered, name, first, position, rejects=rejects, share=1.0)
+        yield Chunk(kind, gathered, name, first, position, rejects=rejects, share=1.0, broken=broken is not None)
 
 
 def _rows_after(position: Position, rows: int) -> Position:

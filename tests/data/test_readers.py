@@ -69,7 +69,7 @@ def test_lines_come_whole_once_and_the_same_from_every_restart(
 
 
 def without_share(chunk: Chunk) -> tuple[object, ...]:
-    return chunk.kind, chunk.payload, chunk.first, chunk.end, chunk.rejects
+    return chunk.kind, chunk.payload, chunk.first, chunk.end, chunk.rejects, chunk.broken
 
 
 @settings(deadline=None, max_examples=50)

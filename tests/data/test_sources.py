@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import gzip
 import http.server
 import json
 import os
+import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from spattn_olmoe.data import DataConfig, SourceConfig, prepare
 from spattn_olmoe.data.chunks import Chunk, Position
 from spattn_olmoe.data.encode import is_validation
 from spattn_olmoe.data.sources import HubSource
+from spattn_olmoe.data.summary import warnings
 
 Make = Callable[..., DataConfig]
 Encode = Callable[..., list[int]]
@@ -246,6 +249,24 @@ def test_a_line_too_long_for_memory_is_skipped_without_being_held(
     manifest = prepare(make_config(path, max_document_bytes=100_000))
     assert read_ids(manifest.train_paths) == encode(documents)
     assert [(r["number"], r["reason"]) for r in rejects(manifest.directory)] == [(51, "longer than 400000 bytes")]
+    assert list(warnings(manifest)) == []  # the file was read to its end
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
+def test_an_archive_cut_off_within_a_line_too_long_is_told(
+    kind: str, documents: list[str], make_config: Make, encode: Encode, tmp_path: Path
+) -> None:
+    noise = base64.b64encode(random.Random(0).randbytes(3_000_000)).decode()
+    path = write_as(kind, tmp_path, [*documents[:100], noise, *documents[100:]])
+    path.write_bytes(path.read_bytes()[:-300_000])
+    manifest = prepare(make_config(path, max_document_bytes=100_000, max_reject_share=0.5))
+    assert read_ids(manifest.train_paths) == encode(documents[:100])
+    found = [(r["number"], r["reason"]) for r in rejects(manifest.directory)]
+    assert found == [
+        (101, "longer than 400000 bytes"),
+        (102, f"truncated {'gzip' if kind == 'jsonl.gz' else 'zstd'} archive"),
+    ]
+    assert ["could not be read to their end" in line for line in warnings(manifest)] == [True]
 
 
 @pytest.mark.parametrize(
