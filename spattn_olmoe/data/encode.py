@@ -41,7 +41,8 @@ class Encoded:
     tokens: dict[str, Tokens]
     lengths: dict[str, np.ndarray]
     """Tokens of each document, EOS included."""
-    text_bytes: int = 0
+    text_bytes: dict[str, np.ndarray]
+    """UTF-8 bytes of each document's text."""
     rejects: list[Reject] = field(default_factory=list)
 
 
@@ -57,7 +58,8 @@ class Encoder:
         s = self.settings
         pieces: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
         lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
-        result = Encoded({}, {})
+        text_bytes: dict[str, list[int]] = {split: [] for split in SPLITS}
+        result = Encoded({}, {}, {})
         for item in texts(
             chunk, field=s.fields[source], separator=s.separators[source], max_document_bytes=s.max_document_bytes
         ):
@@ -73,11 +75,12 @@ class Encoder:
             split = SPLITS[is_validation(item.utf8, s.validation_share)]
             pieces[split] += [ids, self._eos]
             lengths[split].append(len(ids) + 1)
-            result.text_bytes += len(item.utf8)
+            text_bytes[split].append(len(item.utf8))
         result.rejects += chunk.rejects
         empty = np.array([], dtype=s.dtype)
         result.tokens = {split: np.concatenate([empty, *pieces[split]]) for split in SPLITS}
         result.lengths = {split: np.array(lengths[split], dtype=np.int64) for split in SPLITS}
+        result.text_bytes = {split: np.array(text_bytes[split], dtype=np.int64) for split in SPLITS}
         return result
 
     def _ids(self, text: str) -> np.ndarray:

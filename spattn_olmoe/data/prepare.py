@@ -202,7 +202,8 @@ class _Run:
         self.mixture.counted(source, total)
         counts.tokens += total
         counts.documents += sum(map(len, lengths.values()))
-        counts.text_bytes += encoded.text_bytes
+        # the first documents of a split: those that were not cut off
+        counts.text_bytes += sum(int(encoded.text_bytes[split][: len(lengths[split])].sum()) for split in SPLITS)
         counts.rejects += sum(reject.documents for reject in encoded.rejects)
         counts.broken_files += chunk.broken
         self._move_on(source, chunk)

@@ -242,6 +242,8 @@ def test_max_tokens_stops_behind_the_document_that_reaches_it(
     manifest = prepare(make_config(write_jsonl(tmp_path / "a.jsonl", documents), max_tokens=5000))
     found = read_ids(manifest.train_paths)
     assert len(found) >= 5000 and found == ids[: len(found)] and 0 not in found[4999:-1] and found[-1] == 0
+    written = documents[: manifest.count("train").documents]
+    assert manifest.statistics["text_bytes"] == sum(len(text.encode()) for text in written)
 
 
 def test_weights_are_shares_of_the_tokens(
