@@ -60,7 +60,7 @@ def _same_listings(parts: list[Manifest]) -> None:
     first = parts[0]
     for part in parts[1:]:
         for i, (a, b) in enumerate(zip(first.options["sources"], part.options["sources"], strict=False)):
-            found = [source.get("listing") for source in (a, b)]
+            found = [source.get("files_of_all_parts") for source in (a, b)]
             if None not in found and found[0] != found[1]:  # None: an earlier version did not write it down
                 raise ValueError(
                     f"{part.directory}: sources[{i}]: there were other files, or files of other sizes, than for "

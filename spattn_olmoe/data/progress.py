@@ -14,7 +14,7 @@ from ..json_files import read_json
 from .chunks import Position
 
 NAME = "progress.json"
-_SINCE = frozenset({"listing", "train_bytes"})
+_SINCE = frozenset({"files_of_all_parts", "train_bytes"})
 """Options that earlier versions did not write down: where one is missing it is unknown, and agrees with any."""
 
 

@@ -79,8 +79,9 @@ class Plan:
                     "separator": s.separator,
                     "weight": s.weight,
                     **{k: v for k, v in source.origin.items() if k in ("hub", "name", "split", "revision", "kind")},
-                    "listing": listing(source.files),
                     "files": [[source.files[i].name, source.files[i].size] for i in order],
+                    # after the part's own, which say what has changed
+                    "files_of_all_parts": listing(source.files),
                 }
                 for s, source, order in zip(c.sources, self.sources, self.orders, strict=True)
             ],

@@ -290,7 +290,7 @@ def _forget_listing(folder: Path) -> None:
     """A part as earlier versions wrote it."""
     content = json.loads((folder / "manifest.json").read_text())
     for source in content["options"]["sources"]:
-        del source["listing"]
+        del source["files_of_all_parts"]
     (folder / "manifest.json").write_text(json.dumps(content))
 
 
@@ -324,6 +324,9 @@ def test_parts_whose_listings_are_unknown_are_merged_and_resumed(
     _forget_listing(prepare(config).directory)
     assert prepare(config).count("train").documents == 40
     assert merge(tmp_path / "out").count("train").documents == 80
+    write_jsonl(tmp_path / "in" / "later.jsonl", documents[-20:])
+    with pytest.raises(ValueError, match=r"sources\[0\]\.files"):  # its own, or those of all
+        prepare(make_config(tmp_path / "in" / "*.jsonl", part="0/2"))
 
 
 def test_more_parts_than_files_are_refused(documents: list[str], make_config: Make, tmp_path: Path) -> None:
