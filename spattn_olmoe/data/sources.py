@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -218,13 +219,15 @@ class HubSource:
             try:
                 table = next(batches)
             except StopIteration:
-                return
+                break
             except Exception as error:
                 raise self._sorted_out(error) from error
             for cell in self._cells(table):
                 row += 1
                 if row > start:
                     yield cell, 0.0
+        if _path(self._names[index]).suffix in (".zst", ".zstd"):  # datasets takes a truncated one for whole
+            deque(self._pieces(index, 0), maxlen=0)
 
     def _cells(self, table: pa.Table) -> list[bytes | None]:
         if self._field not in table.column_names:

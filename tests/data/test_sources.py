@@ -307,6 +307,16 @@ def test_a_damaged_archive_is_rejected_and_the_other_files_are_read(
     assert manifest.sources[0]["broken_files"] == 1
 
 
+def test_a_truncated_archive_of_another_kind_is_told_as_well(make_config: Make, tmp_path: Path) -> None:
+    lines = "text\n" + "".join(f"text {i * 7919 % 99_991} of many\n" for i in range(60_000))
+    whole = zstandard.ZstdCompressor().compress(lines.encode())
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "a.csv.zst").write_bytes(whole[: len(whole) // 2])
+    manifest = prepare(make_config(sources=[SourceConfig(hub=str(tmp_path / "hub"))]))
+    assert [r["reason"] for r in rejects(manifest.directory)] == ["truncated zstd archive"]
+    assert manifest.sources[0]["broken_files"] == 1
+
+
 @pytest.mark.parametrize(
     ("table", "reason"),
     [
