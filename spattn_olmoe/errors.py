@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -66,6 +67,8 @@ def fail(message: str, status: int = 2) -> NoReturn:
                 signal.signal(number, signal.SIG_DFL)
         time.sleep(_RANK_0_FAILS_WITHIN)
         message = f"rank {rank}: {message}"
+    # Threads that were at work, as those that read a checkpoint, may meet the end of the process, and would print how.
+    threading.excepthook = lambda _: None
     print(f"error: {' '.join(visible(message).split())}", file=sys.stderr, flush=True)
     sys.exit(status)
 

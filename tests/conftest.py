@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,12 @@ from spattn_olmoe.collector import keep_everything
 
 def pytest_collection_finish() -> None:
     keep_everything()  # all modules of tests, and what they import
+
+
+@pytest.fixture(autouse=True)
+def errors_of_threads_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a command that has failed in this process: the end of one silences its threads."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
 
 
 @pytest.fixture(scope="session")

@@ -53,6 +53,23 @@ def test_interrupted_ranks_end_at_once_and_one_of_them_prints(
         assert stopped.value.code == 130 and capsys.readouterr().err == printed
 
 
+def test_threads_that_meet_the_end_of_the_process_say_nothing():
+    """As those do that read a checkpoint of which another file is refused."""
+    code = """
+import threading, time
+from spattn_olmoe.errors import fail
+
+def read():
+    time.sleep(0.5)
+    raise RuntimeError("cannot schedule new futures after shutdown")
+
+threading.Thread(target=read).start()
+fail("a file asks for getattr")
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: a file asks for getattr\n")
+
+
 def test_an_extra_that_is_missing_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(SystemExit) as stopped, errors.user_errors():
