@@ -30,7 +30,8 @@ from benchmarks.tiny import BASE, ROOT, TINY, run_overrides, write_data
 from spattn_olmoe import machine
 from spattn_olmoe.metrics import curve, last_step
 
-STEPS = 400
+STEPS = 800
+"""Two time limits pass before all else happens: a quick machine has trained for 360 by then."""
 PATIENCE = 900.0
 """Seconds to wait for anything."""
 PROFILE = {
@@ -102,6 +103,10 @@ class Job:
     def advance(self, steps: int = 5) -> None:
         """Let it train from where it is now."""
         target = self.step + steps
+        if target > STEPS:
+            raise ValueError(
+                f"the run is at step {self.step} of {STEPS}: this machine is too quick for STEPS in {__file__}"
+            )
         self.wait(lambda: self.step >= target, f"step {target}")
 
     def note(self, event: str, words: str = "") -> None:
