@@ -161,6 +161,8 @@ def epochs(config: ExperimentConfig) -> str:
         return "as many epochs as that is: the files have no manifest"
     if duration.unit == DurationUnit.epochs:
         return f"epochs of {short(there)} tokens"
+    if there < batch:
+        return f"{short(there)} tokens, less than one batch: the run will be refused"
     seen = duration.value * (batch if duration.unit == DurationUnit.steps else 1)
     return f"{seen / (there // batch * batch):.2f} epochs of {short(there)} tokens"
 

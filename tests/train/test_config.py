@@ -368,4 +368,5 @@ def test_a_dry_run_says_how_often_the_data_are_seen(tiny_data):
     ):
         said = printed(tiny(data, *(f"trainer.max_duration.{x}" for x in duration)))
         assert f"{times:.2f} epochs of " in said, said
+    assert "less than one batch" in printed(tiny(data, f"data_loader.global_batch_size={T * 4 * (batches + 1)}"))
     assert "none yet: dataset.paths: data/dclm/" in printed(load_experiment(ROOT / "configs/1b7b_spattn.yaml"))

@@ -191,10 +191,8 @@ _PUBLISHED: dict[type, dict[str, tuple[Any, ...]]] = {
         **_any("dropout", "dtype", "use_recompute_qkv_prep", "mxfp8_save_qkv_for_backward"),
     },
     RoPEConfig: {
-        "name": (
-            RoPEType.default,
-            RoPEType.fused,
-        ),  # complex turns neighbouring dimensions, not those half a head apart
+        # complex turns neighbouring dimensions, not those half a head apart
+        "name": (RoPEType.default, RoPEType.fused),
         **_any("theta", "full_precision"),
     },
     LayerNormConfig: {
